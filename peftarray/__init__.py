@@ -1,0 +1,65 @@
+"""Parameter-efficient fine-tuning methods for every array library, and merging of adapter weights without torch.
+
+Names are looked up when they are first used, so that `import peftarray` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peftarray.adapter import Adapter as Adapter
+    from peftarray.errors import ConfigError as ConfigError
+    from peftarray.errors import FormatError as FormatError
+    from peftarray.errors import MatchError as MatchError
+    from peftarray.errors import NumberError as NumberError
+    from peftarray.errors import OutputError as OutputError
+    from peftarray.errors import PeftError as PeftError
+    from peftarray.errors import QualityError as QualityError
+    from peftarray.errors import ShapeError as ShapeError
+    from peftarray.errors import UnsupportedError as UnsupportedError
+    from peftarray.inspection import Inspection as Inspection
+    from peftarray.inspection import inspect as inspect
+    from peftarray.layers import Layer as Layer
+    from peftarray.layers import Window as Window
+    from peftarray.merging import MergeReport as MergeReport
+    from peftarray.merging import Verification as Verification
+    from peftarray.merging import merge as merge
+    from peftarray.merging import verify as verify
+    from peftarray.method import AdapterConfig as AdapterConfig
+    from peftarray.method import Additive as Additive
+    from peftarray.method import LowRank as LowRank
+    from peftarray.method import Param as Param
+    from peftarray.method import Transform as Transform
+    from peftarray.methods import METHODS as METHODS
+    from peftarray.methods import LoraConfig as LoraConfig
+    from peftarray.methods import TrainableTokensConfig as TrainableTokensConfig
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "adapter": "Adapter",
+    "errors": "ConfigError FormatError MatchError NumberError OutputError PeftError QualityError ShapeError UnsupportedError",
+    "inspection": "Inspection inspect",
+    "layers": "Layer Window",
+    "merging": "MergeReport Verification merge verify",
+    "method": "AdapterConfig Additive LowRank Param Transform",
+    "methods": "METHODS LoraConfig TrainableTokensConfig",
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        message = f"module 'peftarray' has no attribute {name!r}"
+        raise AttributeError(message)
+    value = getattr(import_module(f"peftarray.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

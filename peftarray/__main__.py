@@ -1,0 +1,5 @@
+"""`python -m peftarray`."""
+
+from peftarray.cli import main
+
+main()

@@ -1,0 +1,73 @@
+"""`peftarray merge`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["merge"]
+
+
+def merge(
+    base: Annotated[
+        Path, typer.Argument(help="Checkpoint folder (config.json and safetensors), or a .safetensors file.")
+    ],
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter folders as PEFT saves them.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must not exist.")],
+    scale: Annotated[
+        list[float] | None, typer.Option(help="Factor for the updates; give it once, or once for each adapter.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Write floating tensors as float32, bfloat16 or float16; default: as they are.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Recompute everything in float64 before OUT gets its name.")
+    ] = False,
+    fail_if_retained_below: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Exit with 3 if less of the update's energy survives rounding."),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Split the result anew, such as 5GB; default: the base's files.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads; default: one a core.")] = None,
+    allow_unmatched: Annotated[
+        bool, typer.Option("--allow-unmatched", help="Pass over what has no counterpart in the base.")
+    ] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Show the figures of every changed tensor.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Merge adapters into a base checkpoint of any size, in constant memory."""
+    from peftarray.cli.progress import byte_progress
+    from peftarray.cli.render import report_text
+    from peftarray.merging import merge as run
+    from peftarray.stores.checkpoint import Checkpoint
+
+    scales = scale or [1.0]
+    size = 0
+
+    def total() -> int:
+        nonlocal size
+        size = size or sum(file.size for file in Checkpoint.open(base).shards.values())
+        return size
+
+    with byte_progress("merging", total) as progress:
+        report = run(
+            base,
+            adapters,
+            out,
+            scale=scales[0] if len(scales) == 1 else scales,
+            dtype=dtype,
+            dry_run=dry_run,
+            threads=threads,
+            verify=verify,
+            fail_if_retained_below=fail_if_retained_below,
+            allow_unmatched=allow_unmatched,
+            max_shard_size=max_shard_size,
+            progress=progress,
+        )
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report_text(report, every_tensor=tensors))

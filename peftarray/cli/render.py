@@ -1,0 +1,124 @@
+"""What the terminal shows of a report, a verification or an inspection."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peftarray.inspection import Inspection
+    from peftarray.merging import MergeReport, Verification
+
+__all__ = ["inspection_text", "report_text", "verification_text"]
+
+_WORST = 5
+
+
+def report_text(report: MergeReport, *, every_tensor: bool = False) -> str:
+    """A merge's report, as lines."""
+    lines = []
+    changed = len(report.tensors)
+    if report.dry_run:
+        lines.append(
+            f"would apply {report.applied} of {report.given} adapter tensors and copy {report.copied} base tensors unchanged"
+        )
+        lines.append(
+            f"would write {_size(report.nbytes)} to {report.out}, holding at most {_size(report.memory)} of weights at once"
+        )
+    else:
+        lines.append(
+            f"applied {report.applied} of {report.given} adapter tensors to {changed} base tensors; {report.copied} copied unchanged"
+        )
+    lines += [f"note: {note}" for note in report.notes]
+    if report.unmatched:
+        lines.append(
+            f"passed over, as allowed: {len(report.unmatched)} tensors or targets, the first is {report.unmatched[0]}"
+        )
+    if not report.dry_run:
+        lines += _figures(report)
+        if every_tensor:
+            lines += ["", *_table(report)]
+        rate = report.nbytes / report.seconds / 1e9 if report.seconds else 0.0
+        again = f", {report.resumed} shards from an earlier run" if report.resumed else ""
+        lines.append(f"wrote {_size(report.nbytes)} to {report.out} in {report.seconds:.2f} s ({rate:.2f} GB/s{again})")
+    return "\n".join(lines)
+
+
+def _figures(report: MergeReport) -> list[str]:
+    total = report.total
+    dtypes = ", ".join(sorted({tensor.dtype for tensor in report.tensors}))
+    lines = [
+        f"  size of the update     {total.relative_update:.4g} of the base's",
+        f"  held by {dtypes or 'the output':<14} {100 * report.retained:.2f}% of its energy (error {total.error:.3g}, cosine {total.cosine:.4f})",
+        f"  entries unchanged      {100 * total.unchanged_share:.1f}%",
+    ]
+    if total.nonfinite:
+        lines.append(f"  NaN or infinite        {total.nonfinite} entries, as in the base")
+    if report.empty:
+        lines.append(
+            f"  update is zero         in {len(report.empty)} of {len(report.tensors)} tensors: the adapter changes nothing there"
+        )
+    if report.flagged:
+        lines.append(
+            f"  LOST IN ROUNDING       {len(report.flagged)} tensors hold less than 90% of their update; --dtype float32 keeps it:"
+        )
+        for tensor in report.flagged[:_WORST]:
+            lines.append(
+                f"    {100 * tensor.retained:5.1f}% held, {100 * tensor.unchanged:5.1f}% of the entries unchanged: {tensor.name}"
+            )
+    return lines
+
+
+def _table(report: MergeReport) -> list[str]:
+    head = f"{'update':>9} {'error':>9} {'held':>7} {'cosine':>7} {'same':>6}  tensor"
+    rows = [
+        f"{t.update:9.3g} {t.error:9.3g} {100 * t.retained:6.2f}% {t.cosine:7.4f} {100 * t.unchanged:5.1f}%  {t.name}"
+        for t in report.tensors
+    ]
+    return [head, *rows, ""]
+
+
+def verification_text(found: Verification) -> str:
+    """A verification, as lines."""
+    lines = [
+        f"looked at {found.tensors} tensors; {found.copied} must equal their source byte for byte",
+        f"recomputed {found.entries} entries in float64: {100 * found.exact_share:.4f}% are the correctly rounded result",
+        f"the largest deviation is {found.worst:.3g} of what is allowed",
+    ]
+    lines += [f"FAILED: {failure}" for failure in found.failures[:_WORST]]
+    if len(found.failures) > _WORST:
+        lines.append(f"and {len(found.failures) - _WORST} more failures")
+    if found.passed:
+        lines.append("passed")
+    return "\n".join(lines)
+
+
+def inspection_text(found: Inspection) -> str:
+    """An inspection, as lines."""
+    dtypes = ", ".join(f"{count} {name}" for name, count in found.dtypes.items())
+    lines = [
+        f"{found.kind}: {found.tensors} tensors ({dtypes}), {found.parameters:,} parameters, {_size(found.nbytes)}"
+    ]
+    lines += [f"  {name}: {_short(value)}" for name, value in found.facts.items()]
+    if found.modules:
+        lines.append(f"  {'rank':>4} {'scale':>7} {'norm':>9} {'largest':>9} {'used':>5}  module")
+        for module in found.modules:
+            largest = module.spectrum[0] if module.spectrum else 0.0
+            lines.append(
+                f"  {module.rank:4d} {module.scale:7.3g} {module.norm:9.3g} {largest:9.3g} {module.effective_rank:5.1f}  {module.name}"
+            )
+    lines += [f"  whole tensor: {name}" for name in found.replaced]
+    if found.kind == "checkpoint":
+        lines += [f"  {'x'.join(map(str, shape)):>16}  {name}" for name, shape in found.largest.items()]
+    return "\n".join(lines)
+
+
+def _size(nbytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.3g} {unit}"
+    return f"{nbytes} bytes"
+
+
+def _short(value: object) -> str:
+    words = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return words if len(words) <= 100 else words[:97] + "..."

@@ -1,0 +1,141 @@
+"""What stands between a reader and the merger: which base tensors an adapter changes, by which method, from which arrays.
+
+Everything about names ends in a reader; everything about bytes starts in the merger; a method sees neither.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from peftarray.dtypes import decode
+from peftarray.layers import Layer
+from peftarray.method import AdapterConfig
+from peftarray.stores.checkpoint import Checkpoint
+
+__all__ = ["Adapters", "Piece", "Ref", "Site"]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor of the adapter's file, or a part of it.
+
+    Attributes:
+        name: the tensor.
+        rows: (first, last + 1) of its first axis; None for all.
+        columns: (first, step) of its second axis; None for all. An expert's columns lie a step apart.
+    """
+
+    name: str
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
+
+    def shape(self, tensors: Checkpoint) -> tuple[int, ...]:
+        """The shape of what it refers to, from the header."""
+        shape = list(tensors[self.name].shape)
+        if self.rows is not None:
+            shape[0] = self.rows[1] - self.rows[0]
+        if self.columns is not None:
+            shape[1] = len(range(self.columns[0], shape[1], self.columns[1]))
+        return tuple(shape)
+
+    def read(self, tensors: Checkpoint, dtype: np.dtype) -> np.ndarray:
+        """Its values in `dtype`, contiguous."""
+        info = tensors[self.name]
+        stored = tensors.read_stored(self.name, None if self.rows is None else slice(*self.rows))
+        if self.columns is not None:
+            stored = stored[:, self.columns[0] :: self.columns[1]]
+        return np.ascontiguousarray(decode(stored, info.dtype)).astype(dtype, copy=False).reshape(stored.shape)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of rows of a layer's stored matrix, and where it lies.
+
+    A tensor of the base is seen as a matrix whose columns are the layer's: a stack of experts is as many blocks of rows.
+
+    Attributes:
+        tensor: the base tensor, by its name on disk.
+        start: first row of the layer's stored matrix.
+        rows: how many.
+        at: the row of the tensor where they begin.
+    """
+
+    tensor: str
+    start: int
+    rows: int
+    at: int = 0
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapted weight.
+
+    Attributes:
+        layer: what the method knows of it.
+        method: with patterns resolved.
+        params: the method's names -> where the arrays are.
+        pieces: where the weight lies.
+        bias: the base tensor of the layer's bias, None where it has none.
+    """
+
+    layer: Layer
+    method: AdapterConfig
+    params: Mapping[str, Ref]
+    pieces: tuple[Piece, ...]
+    bias: str | None = None
+
+    @property
+    def stored_matrix(self) -> tuple[int, int]:
+        """Rows and columns of the layer's weight as it is stored."""
+        layer = self.layer
+        return (layer.fan_in, layer.out) if layer.transposed else (layer.out, layer.fan_in)
+
+    @property
+    def row_axis(self) -> str:
+        """The method's axis that the stored rows run along."""
+        return "in" if self.layer.transposed else "out"
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """One adapter checkpoint against one base.
+
+    Attributes:
+        name: where it was read, for messages.
+        tensors: the adapter's file.
+        config: its configuration.
+        sites: the adapted weights; where two have the same tensor, the first is applied first.
+        replace: base tensors, or new ones, that take the adapter's values whole.
+        untied: new tensor -> the base tensor that it starts as: a head that no longer equals the embedding.
+        config_changes: what the merged model's `config.json` must say.
+        unused: tensors that play no part in the merged weights (training state, copies of tied factors).
+        unmatched: tensors and targets without a counterpart, which the caller chose to allow.
+        notes: facts that the report should tell.
+    """
+
+    name: str
+    tensors: Checkpoint
+    config: AdapterConfig
+    sites: tuple[Site, ...]
+    replace: Mapping[str, Ref] = field(default_factory=dict)
+    untied: Mapping[str, str] = field(default_factory=dict)
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """The largest rank among its sites' arrays, 0 where there is none."""
+        lengths = [min(ref.shape(self.tensors), default=0) for site in self.sites for ref in site.params.values()]
+        return max(lengths, default=0)
+
+
+def matrix_rows(shape: tuple[int, ...], columns: int) -> int:
+    """How many rows a tensor has when it is seen as a matrix with `columns` columns."""
+    return math.prod(shape) // columns if columns else 0

@@ -1,0 +1,391 @@
+"""Adapters as Hugging Face PEFT saves them: `adapter_config.json` and `adapter_model.safetensors`.
+
+One rule reads every key: split it at the longest prefix that is a module of the base; what remains is a name in the
+method's table, or the name of a tensor of that module, which the adapter then replaces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peftarray.errors import ConfigError, FormatError, MatchError, ShapeError, UnsupportedError, nearest
+from peftarray.formats.adapters import Adapters, Ref, Site
+from peftarray.formats.names import Alignment, BaseNames
+from peftarray.formats.peft_config import read_config
+from peftarray.formats.tying import settle_ties
+from peftarray.layers import Layer
+from peftarray.method import AdapterConfig
+from peftarray.methods import TrainableTokensConfig
+from peftarray.stores.checkpoint import Checkpoint
+from peftarray.targets import ends_with, is_saved, is_targeted
+
+__all__ = ["open_weights", "read"]
+
+_PREFIX = "base_model.model."
+_TOKENS = "trainable_tokens_delta"
+
+
+@dataclass
+class _Sorted:
+    """The adapter's keys, each in exactly one place."""
+
+    # (module, depth of nesting) -> the method's name -> key
+    methods: dict[tuple[str, int], dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+    embeddings: set[str] = field(default_factory=set)
+    tokens: dict[str, str] = field(default_factory=dict)
+    replace: dict[str, Ref] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    leftover: list[str] = field(default_factory=list)
+
+
+def read(path: str | Path, base: Checkpoint, *, allow_unmatched: bool = False) -> Adapters:
+    """An adapter folder, against the base that it is for. Reads headers and two JSON files, no data.
+
+    Args:
+        path: the folder.
+        base: the base checkpoint.
+        allow_unmatched: pass over tensors, targets and configuration fields without a counterpart.
+
+    Raises:
+        PeftError: of the kind that fits; see `peftarray.errors`.
+    """
+    folder = Path(path)
+    config = read_config(folder, allow_unknown=allow_unmatched)
+    reason = config.why_not_mergeable()
+    if reason:
+        message = f"{folder}: {reason}"
+        raise UnsupportedError(message)
+    tensors = open_weights(folder)
+    names = BaseNames(base)
+    keys = {key.removeprefix(_PREFIX): key for key in tensors}
+    if len(keys) != len(tensors):
+        message = f"{folder}: some tensors stand with and without the prefix {_PREFIX}; the file is damaged"
+        raise FormatError(message)
+    alignment = names.align(keys)
+    found = _sort(keys, config, names, alignment)
+    sites = [
+        *_method_sites(found, config, names, alignment, tensors),
+        *_token_sites(found, config, names, alignment, tensors),
+    ]
+    _check_replacements(found.replace, names, tensors)
+    adapted = {site.layer.name for site in sites}
+    absent = _absent_targets(config, names, alignment, adapted, {module for module, _ in found.methods})
+    if (found.leftover or absent) and not allow_unmatched:
+        raise _unmatched(folder, found.leftover, absent, names, alignment, len(tensors), base)
+    for site in sites:
+        shapes = {name: ref.shape(tensors) for name, ref in site.params.items()}
+        site.method.check_shapes(shapes, site.layer)
+    return settle_ties(
+        Adapters(
+            name=str(folder),
+            tensors=tensors,
+            config=config,
+            sites=tuple(sites),
+            replace=found.replace,
+            unused=tuple(found.unused),
+            unmatched=(*found.leftover, *absent),
+        ),
+        names,
+    )
+
+
+def open_weights(folder: Path) -> Checkpoint:
+    """The tensors of an adapter folder.
+
+    Raises:
+        FormatError: there are none.
+        UnsupportedError: they are pickles.
+    """
+    file = folder / "adapter_model.safetensors"
+    if file.is_file():
+        return Checkpoint.open(file)
+    pickle = folder / "adapter_model.bin"
+    if pickle.exists():
+        return Checkpoint.open(pickle)
+    message = f"{folder} has no adapter_model.safetensors; give the folder that save_pretrained wrote"
+    raise FormatError(message)
+
+
+def _sort(keys: dict[str, str], config: AdapterConfig, names: BaseNames, alignment: Alignment) -> _Sorted:
+    found = _Sorted()
+    for path, key in keys.items():
+        aligned = alignment.to_base(path)
+        split = names.split(aligned)
+        head = names.head_in(path) if split is None else None
+        if head is not None and names.may_be_tied():
+            names.untie(head)
+            split = names.split(path)
+        if split is None:
+            _place_new(found, path, key, config, names)
+            continue
+        tensor = f"{split.module}.{split.local}"
+        if tensor in names.places:
+            found.replace[tensor] = Ref(key)
+        elif split.local.startswith(config.training_only) and config.training_only:
+            found.unused.append(key)
+        elif (
+            split.local.removeprefix("token_adapter.") == _TOKENS
+            and config.peft_type != TrainableTokensConfig.peft_type
+        ):
+            found.tokens[split.module] = key
+        elif is_saved(alignment.to_adapter(split.module), config) and split.local in ("weight", "bias"):
+            found.replace[tensor] = Ref(key)
+        else:
+            _place_local(found, split.module, split.depth, split.local, key)
+    return found
+
+
+def _place_new(found: _Sorted, path: str, key: str, config: AdapterConfig, names: BaseNames) -> None:
+    """A tensor that the base lacks is a new head if the configuration says so, and left over if not."""
+    clean = ".".join(word for word in path.split(".") if word != "base_layer")
+    module, _, last = clean.rpartition(".")
+    if is_saved(module, config) and "lora_" not in last and not any(clean.startswith(f"{m}.") for m in names.places):
+        found.replace[clean] = Ref(key)
+    else:
+        found.leftover.append(key)
+
+
+def _place_local(found: _Sorted, module: str, depth: int, local: str, key: str) -> None:
+    name = local.removesuffix(".weight")
+    if "_embedding_" in name:
+        found.embeddings.add(module)
+        name = name.replace("_embedding_", "_")
+    group = found.methods[module, depth]
+    if name in group:
+        message = f"the adapter has {name} of {module} twice ({group[name]} and {key}); the file is damaged"
+        raise FormatError(message)
+    group[name] = key
+
+
+def _method_sites(
+    found: _Sorted, config: AdapterConfig, names: BaseNames, alignment: Alignment, tensors: Checkpoint
+) -> list[Site]:
+    nested = defaultdict(dict)
+    for (module, depth), group in found.methods.items():
+        nested[module][depth] = group
+    sites: list[Site] = []
+    for module, groups in nested.items():
+        parameters = _target_parameters(module, config, names, alignment)
+        if parameters:
+            sites += _expert_sites(module, groups, parameters, config, names, alignment, tensors)
+            continue
+        merged: dict[str, str] = {}
+        for group in groups.values():
+            merged |= group
+        if sum(map(len, groups.values())) != len(merged):
+            message = f"the adapter wraps {module} more than once; save each adapter by itself"
+            raise MatchError(message)
+        sites.append(_module_site(module, max(groups), merged, module in found.embeddings, config, names, alignment))
+    return sites
+
+
+def _module_site(
+    module: str,
+    depth: int,
+    group: dict[str, str],
+    embedding: bool,
+    config: AdapterConfig,
+    names: BaseNames,
+    alignment: Alignment,
+) -> Site:
+    tensor, bias = f"{module}.weight", f"{module}.bias"
+    if tensor not in names.places and f"{module}.in_proj_weight" in names.places:
+        tensor, bias = f"{module}.in_proj_weight", f"{module}.in_proj_bias"
+    if tensor not in names.places:
+        first = next(iter(group.values()))
+        message = (
+            f"the adapter tensor {first} is for {module}, which has no weight in "
+            f"{names.base.path}{nearest(module, names.modules)}"
+        )
+        raise MatchError(message)
+    path = alignment.to_adapter(module)
+    method = config.at(path)
+    parent = module.rpartition(".")[0]
+    if depth and module.endswith(".out_proj") and f"{parent}.in_proj_weight" in names.places:
+        method = method.applied_twice()  # PEFT adds it in the attention's wrapper and in its own
+    layer = _layer(path, tensor, embedding, method, names)
+    has_bias = bias in names.places
+    if "bias" in method.touches(layer) and not has_bias:
+        message = (
+            f"{module}: the adapter changes a bias, which this layer of {names.base.path} does not have; use the "
+            "base that it was trained on"
+        )
+        raise MatchError(message)
+    return Site(
+        layer=dataclasses.replace(layer, bias=has_bias),
+        method=method,
+        params={name: Ref(key) for name, key in group.items()},
+        pieces=names.pieces(tensor),
+        bias=names.places[bias][0].disk if has_bias else None,
+    )
+
+
+def _layer(path: str, tensor: str, embedding: bool, method: AdapterConfig, names: BaseNames) -> Layer:
+    shape = names.shape(tensor)
+    if len(shape) < 2:
+        message = f"{path}: its weight has the shape {shape}; a method needs a matrix, so this layer cannot be adapted"
+        raise ShapeError(message)
+    if len(shape) > 2:
+        return Layer(path, "conv", shape)
+    if embedding:
+        flip = method.embedding_transposed
+        return Layer(path, "embedding", shape[::-1] if flip else shape, transposed=flip)
+    conv1d = names.is_conv1d(path)
+    stored_in_out = method.stored_in_out() if conv1d is None else conv1d
+    return Layer(path, "linear", shape[::-1] if stored_in_out else shape, transposed=stored_in_out)
+
+
+def _target_parameters(module: str, config: AdapterConfig, names: BaseNames, alignment: Alignment) -> list[str]:
+    """The stacked parameters of a module that the configuration adapts, in the order of their registration."""
+    wanted = config.parameters_adapted()
+    if not wanted:
+        return []
+    head = f"{module}."
+    own = [
+        name.removeprefix(head)
+        for name in names.places
+        if name.startswith(head)
+        and "." not in name.removeprefix(head)
+        and ends_with(alignment.to_adapter(name), wanted)
+    ]
+    order = names.parameter_order()
+    return sorted(own, key=lambda name: (order.index(name) if name in order else len(order), name))
+
+
+def _expert_sites(
+    module: str,
+    groups: dict[int, dict[str, str]],
+    parameters: list[str],
+    config: AdapterConfig,
+    names: BaseNames,
+    alignment: Alignment,
+    tensors: Checkpoint,
+) -> list[Site]:
+    """One site for each expert of each stacked parameter.
+
+    The parameter's name is not in the key: wrappers nest in the order of registration, the first innermost. `lora_A`
+    `(experts * r, in)` counts experts slowest, `lora_B` `(out, r * experts)` counts them fastest.
+    """
+    unordered = [name for name in parameters if name not in names.parameter_order()]
+    if len(parameters) != len(groups) or (len(parameters) > 1 and unordered):
+        message = (
+            f"{module}: the adapter wraps {len(groups)} parameters and the base has {', '.join(parameters)}; "
+            f"which is which cannot be told for model_type {names.model_type}; use the base that the adapter was "
+            "trained on"
+        )
+        raise MatchError(message)
+    path = alignment.to_adapter(module)
+    method = config.at(path)
+    sites = []
+    for parameter, depth in zip(parameters, sorted(groups, reverse=True), strict=True):
+        tensor = f"{module}.{parameter}"
+        shape = names.shape(tensor)
+        experts, rows, columns = shape if len(shape) == 3 else (1, *shape)
+        stacked_in_out = names.stored_transposed(parameter)
+        logical = (columns, rows) if stacked_in_out else (rows, columns)
+        layer = Layer(f"{path}.{parameter}", "linear", logical, transposed=stacked_in_out != names.flipped(tensor))
+        group = groups[depth]
+        for name, key in group.items():
+            axis, got = (0, tensors[key].shape) if name == "lora_A" else (1, tensors[key].shape)
+            if name not in ("lora_A", "lora_B") or len(got) != 2 or got[axis] % experts:
+                message = (
+                    f"{tensor}: {key} is {got}; stacked parameters take lora_A (experts*r, in) and lora_B (out, "
+                    f"r*experts) for {experts} experts"
+                )
+                raise ShapeError(message)
+        for expert in range(experts):
+            params = {name: _expert_ref(name, key, tensors, expert, experts) for name, key in group.items()}
+            pieces = names.pieces(tensor, expert if len(shape) == 3 else None)
+            sites.append(Site(dataclasses.replace(layer, name=f"{layer.name}.{expert}"), method, params, pieces))
+    return sites
+
+
+def _expert_ref(name: str, key: str, tensors: Checkpoint, expert: int, experts: int) -> Ref:
+    if experts == 1:
+        return Ref(key)
+    if name == "lora_B":
+        return Ref(key, columns=(expert, experts))
+    rank = tensors[key].shape[0] // experts
+    return Ref(key, rows=(expert * rank, (expert + 1) * rank))
+
+
+def _token_sites(
+    found: _Sorted, config: AdapterConfig, names: BaseNames, alignment: Alignment, tensors: Checkpoint
+) -> list[Site]:
+    sites = []
+    for module, key in found.tokens.items():
+        path = alignment.to_adapter(module)
+        rows = config.token_rows(path, is_input=module == names.input_embedding())
+        if not rows:
+            message = (
+                f"the adapter has {key}, and adapter_config.json names no trainable_token_indices for {path}; add them"
+            )
+            raise ConfigError(message)
+        method = TrainableTokensConfig(token_indices=list(rows)).at(path)
+        tensor = f"{module}.weight"
+        if max(rows) >= names.shape(tensor)[0]:
+            message = (
+                f"{path}: trainable_token_indices go up to {max(rows)}; the embedding of {names.base.path} has "
+                f"{names.shape(tensor)[0]} rows; resize the base first"
+            )
+            raise ShapeError(message)
+        sites.append(
+            Site(Layer(path, "embedding", names.shape(tensor)), method, {_TOKENS: Ref(key)}, names.pieces(tensor))
+        )
+    return sites
+
+
+def _check_replacements(replace: dict[str, Ref], names: BaseNames, tensors: Checkpoint) -> None:
+    for tensor, ref in replace.items():
+        if tensor not in names.places:
+            continue
+        old, new = names.shape(tensor), ref.shape(tensors)
+        if old[1:] != new[1:] or len(old) != len(new) or len(names.places[tensor]) > 1:
+            message = (
+                f"{tensor} is {old} in {names.base.path}; the adapter brings {ref.name} of {new} to replace it; "
+                "only the number of rows (vocabulary, labels) may differ"
+            )
+            raise ShapeError(message)
+        if old != new and tensor.rpartition(".")[2] not in ("weight", "bias"):
+            message = (
+                f"{tensor} is {old} in {names.base.path} and {new} in the adapter; use the base that it was trained on"
+            )
+            raise ShapeError(message)
+
+
+def _absent_targets(
+    config: AdapterConfig, names: BaseNames, alignment: Alignment, adapted: set[str], wrapped: set[str]
+) -> list[str]:
+    """Modules of the base that the configuration targets and the file has nothing for: another model's adapter."""
+    if config.target_modules is None or (
+        isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    ):
+        return []
+    paths = [alignment.to_adapter(module) for module in names.adaptable() if module not in wrapped]
+    return [path for path in paths if path not in adapted and is_targeted(path, config)]
+
+
+def _unmatched(
+    folder: Path,
+    leftover: list[str],
+    absent: list[str],
+    names: BaseNames,
+    alignment: Alignment,
+    total: int,
+    base: Checkpoint,
+) -> MatchError:
+    if leftover:
+        module = alignment.to_base(leftover[0].removeprefix(_PREFIX)).partition(".lora_")[0]
+        what = (
+            f"{len(leftover)} of {total} adapter tensors have no place in {base.path}, the first is "
+            f"{leftover[0]}{nearest(module, names.modules)}"
+        )
+    else:
+        what = (
+            f"the adapter has nothing for {len(absent)} modules of {base.path} that its configuration targets, "
+            f"the first is {absent[0]}"
+        )
+    return MatchError(f"{folder}: {what}; use the base that it was trained on, or allow it (--allow-unmatched)")

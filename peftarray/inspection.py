@@ -1,0 +1,188 @@
+"""What is in a file: an adapter's method, ranks, scales and spectra, or a checkpoint's tensors. Works without a base."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peftarray.dtypes import storage_dtype
+from peftarray.formats.peft import open_weights
+from peftarray.formats.peft_config import read_config
+from peftarray.layers import Layer
+from peftarray.method import AdapterConfig
+from peftarray.stores.checkpoint import Checkpoint
+
+__all__ = ["AdaptedModule", "Inspection", "inspect"]
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """One adapted module, as far as its own tensors tell.
+
+    Attributes:
+        name: the module.
+        rank: inner size of its factors.
+        scale: the factor s before their product.
+        norm: the Frobenius norm of s B A.
+        spectrum: the singular values of s B A, the largest first.
+    """
+
+    name: str
+    rank: int
+    scale: float
+    norm: float
+    spectrum: tuple[float, ...]
+
+    @property
+    def effective_rank(self) -> float:
+        """exp of the entropy of the normalised squared spectrum: how many directions the update really uses
+        (Roy and Vetterli, The effective rank, 2007)."""
+        energy = np.square(self.spectrum)
+        share = energy[energy > 0] / energy.sum() if energy.any() else np.ones(1)
+        return float(np.exp(-(share * np.log(share)).sum()))
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        path: where.
+        kind: `"adapter"` or `"checkpoint"`.
+        tensors: how many.
+        parameters: how many numbers they hold.
+        nbytes: their bytes.
+        dtypes: dtype -> how many tensors have it.
+        facts: what the configuration says, in words -> values.
+        modules: adapted modules with factors.
+        replaced: tensors of an adapter that replace the base's whole.
+        largest: name -> shape of the largest tensors.
+    """
+
+    path: str
+    kind: str
+    tensors: int
+    parameters: int
+    nbytes: int
+    dtypes: dict[str, int]
+    facts: dict[str, Any]
+    modules: tuple[AdaptedModule, ...]
+    replaced: tuple[str, ...]
+    largest: dict[str, tuple[int, ...]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Look into an adapter folder, a checkpoint folder or a `.safetensors` file.
+
+    Raises:
+        PeftError: nothing readable is there.
+    """
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file():
+        return _adapter(folder)
+    return _checkpoint(Checkpoint.open(folder))
+
+
+def _adapter(folder: Path) -> Inspection:
+    config = read_config(folder, allow_unknown=True)
+    tensors = open_weights(folder)
+    groups: dict[str, dict[str, str]] = defaultdict(dict)
+    for key in tensors:
+        module, found, local = key.removeprefix(_PREFIX).partition(".lora_")
+        if found:
+            groups[module][f"lora_{local}".removesuffix(".weight").replace("_embedding_", "_")] = key
+    modules = tuple(
+        _module(name, group, config, tensors) for name, group in groups.items() if {"lora_A", "lora_B"} <= set(group)
+    )
+    factored = {key for group in groups.values() for key in group.values()}
+    changed = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != _default(field)
+    }
+    facts = {"method": config.peft_type} | changed
+    return _summary(folder, "adapter", tensors, facts, modules, tuple(key for key in tensors if key not in factored))
+
+
+def _module(name: str, group: dict[str, str], config: AdapterConfig, tensors: Checkpoint) -> AdaptedModule:
+    down, up = tensors.read(group["lora_A"]), tensors.read(group["lora_B"])
+    down, up = down.reshape(down.shape[0], -1), up.reshape(up.shape[0], -1)
+    method = config.at(name)
+    layer = Layer(name, "linear", (up.shape[0], down.shape[1]))
+    # The product's singular values are those of the small product of the factors' triangles.
+    raw = {"lora_A": down, "lora_B": up}
+    prepared = (
+        method.prepare(raw, layer)
+        if set(method.params(layer)) == set(raw)
+        else {"up": up * _scale(method), "down": down}
+    )
+    small = np.linalg.qr(prepared["up"], mode="r") @ np.linalg.qr(prepared["down"].T, mode="r").T
+    spectrum = np.linalg.svd(small, compute_uv=False)
+    return AdaptedModule(
+        name, down.shape[0], _scale(method), float(np.linalg.norm(spectrum)), tuple(map(float, spectrum))
+    )
+
+
+def _scale(method: AdapterConfig) -> float:
+    one = np.ones((1, 1), np.float32)
+    layer = Layer("", "linear", (1, 1))
+    plain = dataclasses.replace(method, use_dora=False, use_bdlora=None, kasa_config=None, lora_bias=False)  # type: ignore[call-arg]
+    return float(plain.prepare({"lora_A": one, "lora_B": one}, layer)["up"][0, 0])
+
+
+def _checkpoint(tensors: Checkpoint) -> Inspection:
+    config = tensors.config
+    facts = {
+        name: config[name]
+        for name in ("model_type", "architectures", "tie_word_embeddings", "vocab_size")
+        if name in config
+    }
+    if "quantization_config" in config:
+        facts["quantised"] = config["quantization_config"].get("quant_method", True)
+    facts["files"] = len(tensors.shards)
+    return _summary(tensors.path, "checkpoint", tensors, facts, (), ())
+
+
+def _summary(
+    path: Path,
+    kind: str,
+    tensors: Checkpoint,
+    facts: dict[str, Any],
+    modules: tuple[AdaptedModule, ...],
+    replaced: tuple[str, ...],
+) -> Inspection:
+    infos = list(tensors.values())
+    largest = sorted(infos, key=lambda info: -info.nbytes)[:5]
+    return Inspection(
+        path=str(path),
+        kind=kind,
+        tensors=len(infos),
+        parameters=sum(math.prod(info.shape) for info in infos),
+        nbytes=sum(info.nbytes for info in infos),
+        dtypes=dict(Counter(_dtype_name(info.code) for info in infos)),
+        facts=facts,
+        modules=modules,
+        replaced=replaced,
+        largest={info.name: info.shape for info in largest},
+    )
+
+
+def _dtype_name(code: str) -> str:
+    dtype = storage_dtype(code)
+    return str(dtype.numpy) if dtype is not None and dtype.numpy is not None else code
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default

@@ -1,0 +1,160 @@
+"""Layers: how a stored weight becomes the `(out, fan_in)` matrix that methods see, and how a matrix acts on activations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from peftarray.arrays import Array, namespace
+from peftarray.errors import ShapeError
+
+__all__ = ["Kind", "Layer", "Window", "contract", "expand", "scale_outputs"]
+
+Kind = Literal["linear", "embedding", "conv"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution slides over its input: one number for all axes, or one for each.
+
+    Attributes:
+        stride, padding, dilation: in elements of the input, zero padding.
+        groups: input and output channels are split into so many independent groups.
+    """
+
+    stride: int | tuple[int, ...] = 1
+    padding: int | tuple[int, ...] = 0
+    dilation: int | tuple[int, ...] = 1
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a method knows of the layer whose weight it adapts. Always the whole layer, also while a tile is worked on.
+
+    Attributes:
+        name: the module's name in the model, such as `model.layers.0.self_attn.q_proj`.
+        kind: `"linear"`, `"embedding"` or `"conv"`.
+        shape: logical shape `(out, in)`, for convolutions `(out, in / groups, *kernel)`. For an embedding stored
+            `(vocab, dim)`, methods that see it as a linear map from one-hot rows have `(dim, vocab)`.
+        transposed: whether the stored weight is the transpose, `(in, out)`: transformers' Conv1D, embeddings.
+        bias: whether the layer has a bias.
+        window: of a convolution.
+        peers: every layer of this adapter in the model's order, where a method needs to know them.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    transposed: bool = False
+    bias: bool = False
+    window: Window = Window()
+    peers: tuple[Layer, ...] = ()
+
+    @property
+    def out(self) -> int:
+        return self.shape[0]
+
+    @property
+    def fan_in(self) -> int:
+        return math.prod(self.shape[1:])
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return self.shape[2:]
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the weight as the model holds it."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+    def view(self, weight: Array) -> Array:
+        """The stored weight as the `(out, fan_in)` matrix; a view where the library has views.
+
+        Raises:
+            ShapeError: the weight has another shape than this layer.
+        """
+        if tuple(weight.shape) != self.stored_shape:
+            message = f"{self.name}: the weight is {tuple(weight.shape)}; this layer wants {self.stored_shape}"
+            raise ShapeError(message)
+        if self.transposed:
+            return weight.mT
+        return namespace(weight).reshape(weight, (self.out, self.fan_in)) if self.kernel else weight
+
+    def unview(self, matrix: Array) -> Array:
+        """The `(out, fan_in)` matrix as the model stores it: the inverse of `view`."""
+        if self.transposed:
+            return matrix.mT
+        return namespace(matrix).reshape(matrix, self.shape) if self.kernel else matrix
+
+
+def contract(x: Array, matrix: Array, layer: Layer) -> Array:
+    """Activations through an `(n, fan_in)` matrix in place of the layer's: `(..., in)` to `(..., n)`.
+
+    For an embedding `x` holds row numbers `(...)`; for a convolution it is `(batch, in, *space)` and the result
+    `(batch, n, *space')`.
+    """
+    if layer.kind == "embedding":
+        xp = namespace(matrix)
+        rows = xp.take(matrix.mT, xp.reshape(x, (-1,)), axis=0)
+        return xp.reshape(rows, (*x.shape, matrix.shape[0]))
+    if layer.kind == "conv":
+        return _convolve(x, matrix, layer)
+    return x @ matrix.mT
+
+
+def expand(hidden: Array, matrix: Array, layer: Layer) -> Array:
+    """What `contract` made, through a second matrix `(out, n)` on its channel axis."""
+    if layer.kind != "conv":
+        return hidden @ matrix.mT
+    xp = namespace(hidden, matrix)
+    flat = xp.reshape(hidden, (*hidden.shape[:2], -1))
+    return xp.reshape(matrix @ flat, (hidden.shape[0], matrix.shape[0], *hidden.shape[2:]))
+
+
+def scale_outputs(y: Array, gain: Array, layer: Layer) -> Array:
+    """Each output channel of `y` times its entry of `gain` `(out,)`."""
+    if layer.kind == "conv":
+        gain = namespace(gain).reshape(gain, (-1, *(1 for _ in layer.kernel)))
+    return y * gain
+
+
+def _convolve(x: Array, matrix: Array, layer: Layer) -> Array:
+    """Cross-correlation as one matrix product for each offset in the kernel: slices and `@` only."""
+    xp = namespace(x, matrix)
+    kernel, window = layer.kernel, layer.window
+    rank = len(kernel)
+    stride, padding, dilation = (_each(value, rank) for value in (window.stride, window.padding, window.dilation))
+    x = _pad(x, padding)
+    space = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)]
+    # A factor that contracts all input channels at once has groups of its own: none.
+    groups = window.groups if layer.shape[1] * window.groups == x.shape[1] and matrix.shape[1] == layer.fan_in else 1
+    weight = xp.reshape(matrix, (groups, matrix.shape[0] // groups, x.shape[1] // groups, *kernel))
+    total = None
+    for offset in itertools.product(*(range(k) for k in kernel)):
+        starts = [o * d for o, d in zip(offset, dilation, strict=True)]
+        window_slices = [slice(b, b + (n - 1) * s + 1, s) for b, n, s in zip(starts, space, stride, strict=True)]
+        patch = xp.reshape(
+            x[(slice(None), slice(None), *window_slices)], (x.shape[0], groups, x.shape[1] // groups, -1)
+        )
+        part = weight[(slice(None), slice(None), slice(None), *offset)] @ patch
+        total = part if total is None else total + part
+    return xp.reshape(total, (x.shape[0], matrix.shape[0], *space))
+
+
+def _each(value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
+    return (value,) * rank if isinstance(value, int) else tuple(value)
+
+
+def _pad(x: Array, padding: tuple[int, ...]) -> Array:
+    xp = namespace(x)
+    for axis, width in enumerate(padding, start=2):
+        if width:
+            shape = list(x.shape)
+            shape[axis] = width
+            border = xp.zeros_like(x[tuple(slice(0, 1) if a == axis else slice(None) for a in range(x.ndim))])
+            border = xp.broadcast_to(border, tuple(shape))
+            x = xp.concat([border, x, border], axis=axis)
+    return x

@@ -1,0 +1,188 @@
+"""What a merge did, in numbers: how large the update was, and how much of it the output holds.
+
+With W the base, D the update that was wanted and W' what was written: update = |D| / |W|, error = |W' - W - D| / |D|,
+retained = 1 - error^2 (the share of the update's energy that the output holds, 0 at least), cosine = <W' - W, D> /
+(|W' - W| |D|), unchanged = the share of entries whose stored bits are the base's. Norms are Frobenius norms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+__all__ = ["MergeReport", "Sums", "TensorReport"]
+
+_HELD = 0.9
+
+
+@dataclass
+class Sums:
+    """Sums over the entries of a tensor, from which the figures follow; those of tiles add up."""
+
+    count: int = 0
+    base: float = 0.0
+    """sum W^2"""
+    update: float = 0.0
+    """sum D^2"""
+    rounding: float = 0.0
+    """sum E^2, E = W' - W - D"""
+    cross: float = 0.0
+    """sum D E"""
+    unchanged: int = 0
+    nonfinite: int = 0
+
+    def add(self, other: Sums) -> None:
+        for item in fields(self):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+
+    @classmethod
+    def total(cls, parts: Iterable[Sums]) -> Self:
+        result = cls()
+        for part in parts:
+            result.add(part)
+        return result
+
+    @property
+    def relative_update(self) -> float:
+        return math.sqrt(self.update / self.base) if self.base else (math.inf if self.update else 0.0)
+
+    @property
+    def error(self) -> float:
+        return math.sqrt(self.rounding / self.update) if self.update else 0.0
+
+    @property
+    def retained(self) -> float:
+        return max(0.0, 1.0 - self.rounding / self.update) if self.update else 1.0
+
+    @property
+    def cosine(self) -> float:
+        realised = self.update + 2 * self.cross + self.rounding
+        if not self.update:
+            return 1.0
+        return (self.update + self.cross) / math.sqrt(self.update * realised) if realised > 0 else 0.0
+
+    @property
+    def unchanged_share(self) -> float:
+        return self.unchanged / self.count if self.count else 1.0
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """The figures of one tensor that an adapter changed."""
+
+    name: str
+    dtype: str
+    sums: Sums
+
+    @property
+    def update(self) -> float:
+        """|D| / |W|."""
+        return self.sums.relative_update
+
+    @property
+    def error(self) -> float:
+        """|W' - W - D| / |D|."""
+        return self.sums.error
+
+    @property
+    def retained(self) -> float:
+        """1 - error^2, 0 at least."""
+        return self.sums.retained
+
+    @property
+    def cosine(self) -> float:
+        """Between the update that was wanted and the one that was made."""
+        return self.sums.cosine
+
+    @property
+    def unchanged(self) -> float:
+        """The share of entries whose stored bits are the base's."""
+        return self.sums.unchanged_share
+
+    @property
+    def nonfinite(self) -> int:
+        """Entries that are NaN or infinite in the output."""
+        return self.sums.nonfinite
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self.dtype} | _figures(self.sums)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The whole of a merge.
+
+    Attributes:
+        out: the folder that was written (or would be).
+        tensors: the figures of every changed tensor.
+        applied: how many of the adapter's tensors went into the result.
+        given: how many it has, those of training alone not counted.
+        copied: how many base tensors were copied byte for byte.
+        nbytes: bytes of weights written.
+        seconds: wall time.
+        memory: bytes that the work was planned to hold at once.
+        notes: facts to know: heads untied, tensors added, files that came from the adapter.
+        unmatched: what was passed over because the caller allowed it.
+        dry_run: whether nothing was written.
+        resumed: shards that an earlier run had finished.
+    """
+
+    out: str
+    tensors: tuple[TensorReport, ...]
+    applied: int
+    given: int
+    copied: int
+    nbytes: int
+    seconds: float
+    memory: int
+    notes: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
+    dry_run: bool = False
+    resumed: int = 0
+    total: Sums = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total", Sums.total(tensor.sums for tensor in self.tensors))
+
+    @property
+    def retained(self) -> float:
+        """The share of the whole update's energy that the output holds."""
+        return self.total.retained
+
+    @property
+    def flagged(self) -> tuple[TensorReport, ...]:
+        """Tensors whose dtype holds less than nine tenths of the update, the worst first."""
+        return tuple(sorted((t for t in self.tensors if t.retained < _HELD), key=lambda t: t.retained))
+
+    @property
+    def empty(self) -> tuple[TensorReport, ...]:
+        """Tensors that the adapter is for, and whose update is zero."""
+        return tuple(tensor for tensor in self.tensors if not tensor.sums.update)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("tensors", "total")}
+        whole = _figures(self.total)
+        return own | {"whole": whole, "tensors": [tensor.to_dict() for tensor in self.tensors]}
+
+
+def _figures(sums: Sums) -> dict[str, Any]:
+    return {
+        "update": sums.relative_update,
+        "error": sums.error,
+        "retained": sums.retained,
+        "cosine": sums.cosine,
+        "unchanged": sums.unchanged_share,
+        "nonfinite": sums.nonfinite,
+        "entries": sums.count,
+    }
+
+
+def sums_from_dict(data: dict[str, Any]) -> Sums:
+    """The inverse of `dataclasses.asdict` for sums that a journal kept."""
+    return Sums(**{item.name: data[item.name] for item in fields(Sums)})
+
+
+sums_to_dict = asdict

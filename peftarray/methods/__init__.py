@@ -1,0 +1,11 @@
+"""The methods, one file each. `METHODS` maps PEFT's `peft_type` to the class; this is the only list of them."""
+
+from __future__ import annotations
+
+from peftarray.method import AdapterConfig
+from peftarray.methods.lora import LoraConfig
+from peftarray.methods.trainable_tokens import TrainableTokensConfig
+
+__all__ = ["METHODS", "LoraConfig", "TrainableTokensConfig"]
+
+METHODS: dict[str, type[AdapterConfig]] = {method.peft_type: method for method in (LoraConfig, TrainableTokensConfig)}

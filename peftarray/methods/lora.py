@@ -1,0 +1,317 @@
+"""LoRA: W' = W + s B A, with rsLoRA's scale, DoRA's magnitudes, a trained bias, KaSA and block-diagonal factors.
+
+Sources: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, section 4.1, arXiv:2106.09685; Kalajdzievski,
+Rank-Stabilized LoRA, 2023, arXiv:2312.03732; Liu et al., DoRA, 2024, section 4.1, arXiv:2402.09353; Wang et al., KaSA, 2024,
+arXiv:2412.06071.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Never
+
+from peftarray import random
+from peftarray.arrays import Array, Params, device, namespace
+from peftarray.errors import ConfigError, UnsupportedError
+from peftarray.layers import Kind, Layer, scale_outputs
+from peftarray.method import LowRank, Param
+from peftarray.random import Draw
+from peftarray.settings import Rule, boolean, mapping_of, names, number, one_of, optional, refused, setting, whole
+
+__all__ = ["LoraConfig", "changes_base"]
+
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
+_rows = Rule(
+    lambda value: isinstance(value, (list, tuple)) and all(type(i) is int and i >= 0 for i in value), "a list of rows"
+)
+_tokens = Rule(
+    lambda value: value is None or _rows.allows(value) or mapping_of(_rows).allows(value),
+    "None, a list of token numbers, or a mapping from module names to such lists",
+)
+_init = Rule(
+    lambda value: (
+        type(value) is bool
+        or (type(value) is str and (value in (*_KEEPS_BASE, *_CHANGES_BASE) or value.startswith("pissa_niter_")))
+    ),
+    f"True, False, or one of {', '.join((*_KEEPS_BASE, *_CHANGES_BASE, 'pissa_niter_[k]'))}",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(LowRank):
+    """Low-rank adaptation: `W' = W + s B A`, `s = lora_alpha / r` (`/ sqrt(r)` with rsLoRA).
+
+    Shapes: `A (r, fan_in)`, `B (out, r)`; convolutions store `A (r, in, *kernel)` and `B (out, r, 1, ...)`; embeddings are
+    linear maps `(dim, vocab)`. With `use_dora` the rows of the result are rescaled, `W' = m V / |V|`, `V = W + s B A`, with
+    `m (out,)` trained and the norm taken over each row. With `lora_bias`, `b' = b + s lora_B.bias`. The initial state is the
+    identity unless `init_lora_weights=False`.
+
+    Attributes:
+        r: the rank.
+        lora_alpha: numerator of the scale.
+        use_rslora: divide by the root of the rank instead of the rank.
+        use_dora: train the magnitude of each output apart from its direction.
+        lora_bias: `lora_B` has a bias.
+        bias: which biases of the model an adapter's file replaces: `"none"`, `"all"` or `"lora_only"`.
+        fan_in_fan_out: the weight is stored `(in, out)`, where the architecture does not say.
+        rank_pattern, alpha_pattern: pattern of module names -> its `r`, `lora_alpha`.
+        target_parameters: names of stacked parameters, such as fused experts.
+        trainable_token_indices: rows of the embedding that are trained as they are.
+        use_bdlora: `{target_modules_bd_a, target_modules_bd_b, nblocks, match_strict}`: factors with `nblocks` diagonal blocks.
+        kasa_config: drop the base's `r` smallest singular triples, and train a diagonal between the factors.
+
+    The fields of PEFT's class that are not named here have PEFT's meaning; those that change the result and are not supported
+    raise `UnsupportedError` when set.
+
+    Example:
+        >>> LoraConfig(r=8, lora_alpha=16, use_rslora=True).scale == 16 / 8**0.5
+        True
+    """
+
+    peft_type: ClassVar[str] = "LORA"
+    patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+    prepared: ClassVar[Mapping[str, str]] = {"up": "out r", "down": "r in", "magnitude": "out"}
+    training_only: ClassVar[tuple[str, ...]] = ("lora_velora_embed", "lora_monteclora_sampler")
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "embedding", "conv")
+    embedding_transposed: ClassVar[bool] = True
+
+    r: int = setting(8, whole(1))
+    lora_alpha: float = setting(8, number())
+    lora_dropout: float = setting(0.0, number(0.0))
+    use_rslora: bool = setting(False, boolean)
+    use_dora: bool = setting(False, boolean)
+    lora_bias: bool = setting(False, boolean)
+    bias: str = setting("none", one_of("none", "all", "lora_only"))
+    fan_in_fan_out: bool = setting(False, boolean)
+    init_lora_weights: bool | str = setting(True, _init)
+    rank_pattern: dict[str, int] | None = setting({}, optional(mapping_of(whole(1))))
+    alpha_pattern: dict[str, float] | None = setting({}, optional(mapping_of(number())))
+    target_parameters: list[str] | None = setting(None, names)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(None, _tokens)
+    ensure_weight_tying: bool = setting(False, boolean)
+    use_bdlora: Mapping[str, Any] | tuple[str, int] | None = None
+    kasa_config: Mapping[str, Any] | bool | None = None
+    loftq_config: Mapping[str, Any] | None = None
+    eva_config: Mapping[str, Any] | None = None
+    corda_config: Mapping[str, Any] | None = None
+    lora_ga_config: Mapping[str, Any] | None = None
+    velora_config: Mapping[str, Any] | None = None
+    monteclora_config: Mapping[str, Any] | None = None
+    megatron_config: Mapping[str, Any] | None = refused(None, "Megatron's parallel layers split the weights otherwise")
+    megatron_core: str | None = "megatron.core"
+    qalora_group_size: int = 16
+    alora_invocation_tokens: list[int] | None = refused(
+        None, "activated LoRA depends on the prompt's tokens, so no merged weight exists; serve it unmerged"
+    )
+    use_qalora: bool = refused(False, "QA-LoRA's update lives in the zero points of a quantised base")
+    arrow_config: Mapping[str, Any] | None = refused(None, "Arrow routes each token, so no merged weight exists")
+    layer_replication: list[Any] | None = refused(
+        None,
+        "replicated layers share one base weight, so an update cannot be merged into it; write the copies out first",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_bias and self.use_dora:
+            message = "LoraConfig.lora_bias and use_dora are both True; choose one"
+            raise ConfigError(message)
+
+    @property
+    def scale(self) -> float:
+        """`lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def tiles(self) -> str:
+        return "out" if self.use_dora else "out in"
+
+    def at(self, name: str) -> LoraConfig:
+        method = super().at(name)
+        configs = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config")
+        changes: dict[str, Any] = dict.fromkeys(configs)
+        changes["kasa_config"] = bool(self.kasa_config) or None
+        changes["use_bdlora"] = (
+            _block_side(self.use_bdlora, name) if isinstance(self.use_bdlora, Mapping) else self.use_bdlora
+        )
+        return replace(method, **changes)
+
+    def params(self, layer: Layer) -> dict[str, Param]:
+        ones = tuple(1 for _ in layer.kernel)
+        kernel = "".join(f" k{i}" for i in range(len(layer.kernel)))
+        side, blocks = self.use_bdlora if isinstance(self.use_bdlora, tuple) else ("", 1)
+        fan_in, rank = layer.shape[1] // (blocks if side == "a" else 1), self.r // (blocks if side == "b" else 1)
+        lora_A = Param("r cin" + kernel if kernel else "r in", (self.r, fan_in, *layer.kernel), self._init_down(layer))
+        lora_B = Param("out r" + kernel, (layer.out, rank, *ones), self._init_up(layer))
+        table = {"lora_A": lora_A, "lora_B": lora_B}
+        if self.lora_bias:
+            table["lora_B.bias"] = Param("out", (layer.out,), random.zeros)
+        if self.use_dora:
+            shape = (1, layer.out, *ones) if kernel else (layer.out,)
+            table["lora_magnitude_vector"] = Param("one out" + kernel if kernel else "out", shape)
+        if self.kasa_config:
+            table["lora_diag"] = Param("r", (self.r,), random.normal)
+            table["minor_up"] = Param("out r", (layer.out, self.r), frozen=True, stored=False)
+            table["minor_down"] = Param("r in", (self.r, layer.fan_in), frozen=True, stored=False)
+        return table
+
+    def reads_base(self, layer: Layer) -> bool:
+        return bool(self.kasa_config)
+
+    def derive(self, layer: Layer, p: Params, w: Array) -> dict[str, Array]:
+        made: dict[str, Array] = {}
+        if self.kasa_config:
+            made["minor_up"], made["minor_down"] = _smallest_triples(w, self.r)
+        if self.use_dora and "lora_magnitude_vector" not in p:
+            up, down = self.factors({**p, **made}, layer)
+            xp = namespace(w)
+            norm = xp.linalg.vector_norm(w + up @ down, axis=1)
+            made["lora_magnitude_vector"] = (
+                xp.reshape(norm, (1, -1, *(1 for _ in layer.kernel))) if layer.kernel else norm
+            )
+        return made
+
+    def factors(self, p: Params, layer: Layer) -> tuple[Array, Array]:
+        down, up = p["lora_A"], p["lora_B"]
+        xp = namespace(down, up)
+        down, up = xp.reshape(down, (down.shape[0], -1)), xp.reshape(up, (up.shape[0], -1))
+        if isinstance(self.use_bdlora, tuple):
+            side, blocks = self.use_bdlora
+            down, up = (_block_diagonal(down, blocks), up) if side == "a" else (down, _block_diagonal(up, blocks))
+        up = up * self.scale
+        if self.kasa_config:
+            up = xp.concat([up * p["lora_diag"], -p["minor_up"]], axis=1)
+            down = xp.concat([down, p["minor_down"]], axis=0)
+        return up, down
+
+    def prepare(self, p: Params, layer: Layer) -> dict[str, Array]:
+        made = super().prepare(p, layer)
+        if self.use_dora:
+            magnitude = p["lora_magnitude_vector"]
+            made["magnitude"] = namespace(magnitude).reshape(magnitude, (-1,))
+        return made
+
+    def update(self, p: Params, w: Array, layer: Layer) -> Array:
+        delta = super().update(p, w, layer)
+        if not self.use_dora:
+            return delta
+        direction = w + delta
+        return direction * self._gain(p, direction)[:, None] - w
+
+    def inverse(self, p: Params, w: Array, layer: Layer) -> Array:
+        if self.use_dora:
+            message = (
+                "DoRA keeps the direction of each row and not its length, so it cannot be unmerged; keep a copy "
+                "of the base weight"
+            )
+            raise UnsupportedError(message)
+        return super().inverse(p, w, layer)
+
+    def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
+        y = super().apply(p, x, w, layer)
+        return scale_outputs(y, self._gain(p, w + p["up"] @ p["down"]), layer) if self.use_dora else y
+
+    def touches(self, layer: Layer) -> tuple[str, ...]:
+        return ("weight", "bias") if self.lora_bias else ("weight",)
+
+    def effective_bias(self, p: Params, b: Array, w: Array | None, layer: Layer) -> Array:
+        return b + self.scale * p["lora_B.bias"] if self.lora_bias else b
+
+    def why_not_mergeable(self) -> str | None:
+        if not changes_base(self.init_lora_weights):
+            return None
+        return (
+            f"init_lora_weights is {self.init_lora_weights!r}, which changed the base's weights before training, and the file "
+            "does not hold them; save it converted (save_pretrained with path_initial_model_for_weight_conversion), or "
+            "merge with PEFT where it was trained"
+        )
+
+    def stored_in_out(self) -> bool:
+        return self.fan_in_fan_out
+
+    def keeps_tied(self) -> bool:
+        return self.ensure_weight_tying
+
+    def parameters_adapted(self) -> tuple[str, ...]:
+        wanted = self.target_parameters
+        return () if not wanted else (wanted,) if isinstance(wanted, str) else tuple(wanted)
+
+    def token_rows(self, name: str, *, is_input: bool) -> tuple[int, ...]:
+        rows = self.trainable_token_indices
+        if isinstance(rows, Mapping):
+            return next((tuple(found) for end, found in rows.items() if f".{name}".endswith(f".{end}")), ())
+        return tuple(rows or ()) if is_input else ()
+
+    def applied_twice(self) -> LoraConfig:
+        return replace(self, lora_alpha=2 * self.lora_alpha)
+
+    @staticmethod
+    def _gain(p: Params, direction: Array) -> Array:
+        return p["magnitude"] / namespace(direction).linalg.vector_norm(direction, axis=1)
+
+    def _init_down(self, layer: Layer) -> Draw:
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            return _needs_initialiser
+        if layer.kind == "embedding":
+            return random.zeros if self.init_lora_weights else random.normal
+        if self.init_lora_weights == "gaussian":
+            return random.normal_of(1 / self.r)
+        return random.kaiming_uniform
+
+    def _init_up(self, layer: Layer) -> Draw:
+        if layer.kind == "embedding":
+            return random.normal
+        return random.zeros if self.init_lora_weights else random.kaiming_uniform
+
+
+def changes_base(init: bool | str) -> bool:
+    """Whether an initialisation leaves a residual base behind, which an adapter's file does not hold."""
+    return isinstance(init, str) and init.startswith(_CHANGES_BASE)
+
+
+def _needs_initialiser(seed: int, stream: str, shape: tuple[int, ...]) -> Never:
+    message = (
+        "LoraConfig.init_lora_weights: only True, False and 'gaussian' can be drawn from a seed; this one needs "
+        "data or the base"
+    )
+    raise UnsupportedError(message)
+
+
+def _block_side(config: Mapping[str, Any], name: str) -> tuple[str, int] | None:
+    """Which factor of the module called `name` is block-diagonal, and in how many blocks."""
+    unknown = set(config) - {"target_modules_bd_a", "target_modules_bd_b", "nblocks", "match_strict"}
+    blocks = config.get("nblocks", 1)
+    if unknown or type(blocks) is not int or blocks < 1:
+        message = (
+            f"LoraConfig.use_bdlora is {config!r}; it must hold target_modules_bd_a, target_modules_bd_b, nblocks "
+            "(at least 1) and match_strict"
+        )
+        raise ConfigError(message)
+    sides = [side for side in "ab" if any(part in name for part in config.get(f"target_modules_bd_{side}") or ())]
+    if len(sides) == 2 or (not sides and config.get("match_strict", True)):
+        message = (
+            f"LoraConfig.use_bdlora names {name} for {len(sides)} sides; it must be for one, or match_strict False"
+        )
+        raise ConfigError(message)
+    return (sides[0], blocks) if sides else None
+
+
+def _block_diagonal(stacked: Array, blocks: int) -> Array:
+    """`(rows, n)` as `blocks` groups of rows on the diagonal of `(rows, blocks * n)`."""
+    xp = namespace(stacked)
+    rows, columns = stacked.shape
+    if rows % blocks:
+        message = f"LoraConfig.use_bdlora: {rows} rows cannot be split into {blocks} blocks; nblocks must divide them"
+        raise ConfigError(message)
+    grid = xp.reshape(stacked, (blocks, rows // blocks, 1, columns))
+    eye = xp.reshape(xp.eye(blocks, dtype=stacked.dtype, device=device(stacked)), (blocks, 1, blocks, 1))
+    return xp.reshape(grid * eye, (rows, blocks * columns))
+
+
+def _smallest_triples(w: Array, r: int) -> tuple[Array, Array]:
+    """The part of `w` on its `r` smallest singular values, as `up (out, r)` and `down (r, fan_in)`."""
+    u, s, vh = namespace(w).linalg.svd(w, full_matrices=False)
+    keep = s.shape[0] - r
+    return u[:, keep:] * s[keep:], vh[keep:, :]

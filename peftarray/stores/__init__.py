@@ -1,0 +1,1 @@
+"""Containers of named tensors: headers first, then any range of rows. Nothing here knows of adapters or models."""
