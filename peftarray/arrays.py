@@ -14,11 +14,13 @@ from array_api_compat import array_namespace, device, is_torch_array
 
 from peftarray.errors import PeftError
 
-__all__ = ["Array", "Params", "constant", "device", "integers", "namespace", "to_host"]
+__all__ = ["Array", "Params", "constant", "device", "integers", "namespace", "thin_product", "to_host"]
 
 Array = Any
 Params = Mapping[str, Array]
 
+# OpenBLAS takes its path for small matrices up to this many multiplications.
+_SMALL_PRODUCT = 1_000_000
 # type -> (rank, namespace). A plain dict filled on a miss: a look-up takes 0.1 us, and compilers can trace it.
 _NAMESPACES: dict[type, tuple[int, Any]] = {}
 
@@ -68,6 +70,27 @@ def integers(values: Sequence[int], like: Array) -> Array:
     """Whole numbers as an index array of the library and device of `like`."""
     xp = namespace(like)
     return xp.asarray(np.asarray(values, np.int64), device=device(like))
+
+
+def thin_product(up: Array, down: Array) -> Array:
+    """`up @ down` of thin factors `(n, r)` and `(r, m)`.
+
+    NumPy's BLAS multiplies small matrices without packing them first, in about half the time for r = 16; so its product
+    is made in blocks of rows that count as small.
+    """
+    if not (isinstance(up, np.ndarray) and isinstance(down, np.ndarray) and up.ndim == down.ndim == 2):
+        return up @ down
+    rows, rank = up.shape
+    columns = down.shape[1]
+    block = _SMALL_PRODUCT // max(1, rank * columns)
+    stacks = rows // block if block > 1 else 0
+    if stacks < 2:
+        return up @ down
+    product = np.empty((rows, columns), np.result_type(up, down))
+    whole = stacks * block
+    np.matmul(up[:whole].reshape(stacks, block, rank), down, out=product[:whole].reshape(stacks, block, columns))
+    np.matmul(up[whole:], down, out=product[whole:])
+    return product
 
 
 def to_host(array: Array) -> np.ndarray:

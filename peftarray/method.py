@@ -17,13 +17,13 @@ import dataclasses
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from peftarray import patterns
 from peftarray.adapter import Adapter
-from peftarray.arrays import Array, Params, constant, device, namespace
+from peftarray.arrays import Array, Params, constant, device, namespace, thin_product
 from peftarray.errors import ConfigError, MatchError, ShapeError, UnsupportedError, nearest
 from peftarray.layers import Kind, Layer, Window, contract, expand
 from peftarray.random import Draw
@@ -215,9 +215,26 @@ class AdapterConfig(ABC):
 
         Every array axis that follows `axis` is sliced in proportion to its length.
         """
+        return self.cutter(p, layer, axis)(start, stop)
+
+    def cutter(self, p: Params, layer: Layer, axis: str) -> Callable[[int, int], dict[str, Array]]:
+        """`cut` for many tiles of one layer: which axes follow is looked up once."""
         size = layer.out if axis == "out" else layer.fan_in
         table = self.axes(layer)
-        return {name: _cut(array, table[name], axis, start, stop, size) for name, array in p.items()}
+        plan = [
+            (name, array, [(n if _follows(word, axis) else 0) for word, n in zip(table[name].split(), array.shape, strict=True)])
+            for name, array in p.items()
+        ]
+
+        def cut(start: int, stop: int) -> dict[str, Array]:
+            return {
+                name: array[tuple(slice(start * n // size, stop * n // size) if n else slice(None) for n in lengths)]
+                if any(lengths)
+                else array
+                for name, array, lengths in plan
+            }
+
+        return cut
 
     def granularity(self, p: Params, layer: Layer, axis: str) -> int:
         """Cuts along `axis` must fall on multiples of this."""
@@ -343,7 +360,7 @@ class LowRank(AdapterConfig):
         return {"up": up, "down": down}
 
     def update(self, p: Params, w: Array, layer: Layer) -> Array:
-        return p["up"] @ p["down"]
+        return thin_product(p["up"], p["down"])
 
     def weight(self, p: Params, w: Array, layer: Layer) -> Array:
         return w + self.update(p, w, layer)
@@ -401,14 +418,6 @@ class Transform(AdapterConfig):
 def _follows(word: str, axis: str) -> bool:
     found = _AXIS.fullmatch(word)
     return found is not None and found.group(1) == axis
-
-
-def _cut(array: Array, axes: str, axis: str, start: int, stop: int, size: int) -> Array:
-    index = tuple(
-        slice(start * n // size, stop * n // size) if _follows(word, axis) else slice(None)
-        for word, n in zip(axes.split(), array.shape, strict=True)
-    )
-    return array[index]
 
 
 def _wide(like: Array) -> Array:

@@ -45,8 +45,10 @@ def _options(
 
 def main() -> None:
     """Run the command line. Exit status: 0 done, 1 bad input, 2 wrong usage, 3 a quality gate failed."""
+    from peftarray.allocation import keep_freed_memory
     from peftarray.errors import PeftError
 
+    keep_freed_memory()
     try:
         app()
     except PeftError as error:

@@ -112,6 +112,9 @@ def open_weights(folder: Path) -> Checkpoint:
 def _sort(keys: dict[str, str], config: AdapterConfig, names: BaseNames, alignment: Alignment) -> _Sorted:
     found = _Sorted()
     for path, key in keys.items():
+        if _is_copy(path, keys, config):
+            found.unused.append(key)
+            continue
         aligned = alignment.to_base(path)
         split = names.split(aligned)
         head = names.head_in(path) if split is None else None
@@ -136,6 +139,15 @@ def _sort(keys: dict[str, str], config: AdapterConfig, names: BaseNames, alignme
         else:
             _place_local(found, split.module, split.depth, split.local, key)
     return found
+
+
+def _is_copy(path: str, keys: dict[str, str], config: AdapterConfig) -> bool:
+    """Whether a key is one of the two that `bias="all"` adds for the biases of `modules_to_save`: old value, and copy."""
+    for word in ("original_module", "modules_to_save"):
+        module, found, local = path.partition(f".{word}.")
+        if found and f"{module}.{local}" in keys and is_saved(module, config):
+            return True
+    return False
 
 
 def _place_new(found: _Sorted, path: str, key: str, config: AdapterConfig, names: BaseNames) -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from threadpoolctl import threadpool_limits
 
 from peftarray.dtypes import decode, encode
@@ -26,8 +27,10 @@ __all__ = ["Progress", "execute", "planned_memory"]
 Progress = Callable[[int, str], None]
 """Called with bytes done since the last call, and the name of what they belong to."""
 
-_TILE = 1 << 17
-"""Entries a tile: half a megabyte of float32, which stays in a core's cache with its update beside it."""
+_TILE = 1 << 16
+"""Entries a tile: a quarter of a megabyte of float32, which stays in a core's cache with its update beside it."""
+_READ = 1 << 18
+"""Entries read and written at once."""
 _TASK = 1 << 23
 """Bytes of output a task."""
 _COPY = 1 << 26
@@ -240,30 +243,33 @@ def _merge_rows(
 ) -> None:
     scratch = local.__dict__.setdefault("scratch", Scratch())
     total = Sums()
-    for first in range(begin, end, step):
-        last = min(first + step, end)
-        if merger is None:
-            rounded = _convert(output, first, last, scratch)
-        else:
-            rounded, sums = merger.merge(first, last, scratch)
-            total.add(sums)
-        at = output.begin + first * output.columns * output.dtype.bits // 8
-        _write_all(target.descriptor, memoryview(rounded.reshape(-1).view("u1")), at, target.path)
+    width = output.columns * output.dtype.bits // 8
+    ahead = max(1, _READ // max(1, output.columns * step)) * step
+    for first in range(begin, end, ahead):
+        rows = min(ahead, end - first)
+        shape = (rows, output.columns)
+        stored = scratch.array("stored", shape, output.info.dtype.numpy)  # type: ignore[arg-type]
+        output.source.read_into(stored, output.info.begin + first * output.columns * stored.dtype.itemsize)
+        rounded = scratch.array("rounded", shape, output.dtype.numpy)  # type: ignore[arg-type]
+        for at in range(0, rows, step):
+            tile = slice(at, min(at + step, rows))
+            if merger is None:
+                _convert(output, stored[tile], rounded[tile], scratch)
+            else:
+                total.add(merger.merge(stored[tile], first + at, rounded[tile], scratch))
+        _write_all(target.descriptor, memoryview(rounded.reshape(-1).view("u1")), output.begin + first * width, target.path)
     if merger is not None and merger.segment.contributions:
         with target.lock:
             target.reports.setdefault(output.name, Sums()).add(total)
 
 
-def _convert(output: Output, begin: int, end: int, scratch: Scratch):
-    """Rows whose values stay and whose dtype does not."""
-    shape = (end - begin, output.columns)
+def _convert(output: Output, stored: np.ndarray, rounded: np.ndarray, scratch: Scratch) -> None:
+    """Rows whose values stay: copied, or rounded to another dtype."""
     source = output.info.dtype
-    stored = scratch.array("stored", shape, source.numpy)  # type: ignore[arg-type]
-    output.source.read_into(stored, output.info.begin + begin * output.columns * stored.dtype.itemsize)
     if source.code == output.code:
-        return stored
-    values = decode(stored, source, scratch.array("base", shape, source.compute))
-    return encode(values, output.dtype, scratch.array("rounded", shape, output.dtype.numpy))  # type: ignore[arg-type]
+        rounded[...] = stored
+        return
+    encode(decode(stored, source, scratch.array("base", stored.shape, source.compute)), output.dtype, rounded)
 
 
 def _write_all(descriptor: int, data: memoryview, at: int, path: Path) -> None:

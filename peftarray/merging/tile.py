@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import numpy as np
 
-from peftarray.arrays import Params
+from peftarray.arrays import Array, Params
 from peftarray.dtypes import decode, encode
 from peftarray.errors import NumberError
 from peftarray.formats.adapters import Ref, Site
 from peftarray.merging.plan import Contribution, Output, Part, Segment
 from peftarray.merging.report import Sums
 
-__all__ = ["Scratch", "SegmentMerger", "can_tile", "row_step"]
+__all__ = ["Scratch", "SegmentMerger", "can_tile"]
 
 
-@dataclass
 class Scratch:
     """Buffers of one thread, kept from tile to tile: memory that is reused stays in the cache."""
 
-    buffers: dict[str, np.ndarray] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._bytes: dict[str, np.ndarray] = {}
+        self._views: dict[tuple[str, tuple[int, ...], np.dtype], np.ndarray] = {}
 
-    def array(self, name: str, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+    def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """An array of this shape and dtype under a name, its values undefined."""
-        nbytes = shape[0] * shape[1] * dtype.itemsize
-        kept = self.buffers.get(name)
-        if kept is None or kept.nbytes < nbytes:
-            kept = self.buffers[name] = np.empty(nbytes, np.uint8)
-        return kept[:nbytes].view(dtype).reshape(shape)
+        view = self._views.get((name, shape, dtype))
+        if view is None:
+            nbytes = math.prod(shape) * dtype.itemsize
+            if name not in self._bytes or self._bytes[name].nbytes < nbytes:
+                self._bytes[name] = np.empty(nbytes, np.uint8)
+                # Views of the smaller buffer would keep it alive.
+                self._views = {key: kept for key, kept in self._views.items() if key[0] != name}
+            view = self._views[name, shape, dtype] = self._bytes[name][:nbytes].view(dtype).reshape(shape)
+        return view
 
 
 def can_tile(segment: Segment) -> bool:
     """Whether every method of a segment allows cuts along the rows of the stored matrix."""
     parts = [part for contribution in segment.contributions for part in contribution.parts]
     return all(part.site.row_axis in part.site.method.tiles.split() for part in parts)
-
-
-def row_step(part: Part, prepared: Params) -> int:
-    """Cuts of the stored matrix must fall on multiples of this many rows."""
-    site = part.site
-    return site.method.granularity(prepared, site.layer, site.row_axis)
 
 
 class SegmentMerger:
@@ -59,96 +59,109 @@ class SegmentMerger:
         self.target = output.dtype
         self.compute = np.dtype(np.float64) if "F64" in (self.source.code, self.target.code) else np.dtype(np.float32)
         self._lock = threading.Lock()
-        self._prepared: dict[int, Params] | None = None
+        self._steps: list[int] = []
+        self._prepared: dict[int, Callable[[int, int], Params]] | None = None
 
-    def prepared(self) -> dict[int, Params]:
-        """What each site's method prepares, by the site's identity."""
-        with self._lock:
-            if self._prepared is None:
-                self._prepared = {
-                    id(part.site): self._prepare(part.site, contribution)
-                    for contribution in self.segment.contributions
-                    for part in contribution.parts
-                }
-            return self._prepared
+    def prepared(self) -> dict[int, Callable[[int, int], Params]]:
+        """By a site's identity, the prepared parameters for rows `(start, stop)` of its stored matrix."""
+        if self._prepared is None:
+            with self._lock:
+                if self._prepared is None:
+                    self._prepared = {
+                        id(part.site): self._prepare(part.site, contribution)
+                        for contribution in self.segment.contributions
+                        for part in contribution.parts
+                    }
+        return self._prepared
 
-    def _prepare(self, site: Site, contribution: Contribution) -> Params:
+    def _prepare(self, site: Site, contribution: Contribution) -> Callable[[int, int], Params]:
         tensors = contribution.adapters.tensors
-        raw = {name: ref.read(tensors, self.compute) for name, ref in site.params.items()}
+        raw: dict[str, Array] = {name: ref.read(tensors, self.compute) for name, ref in site.params.items()}
         if site.method.reads_base(site.layer):
             raw |= site.method.derive(site.layer, raw, self._whole(site))
-        return site.method.prepare(raw, site.layer)
+        p = site.method.prepare(raw, site.layer)
+        if site.row_axis not in site.method.tiles.split():
+            return lambda start, stop: p
+        self._steps.append(site.method.granularity(p, site.layer, site.row_axis))
+        return site.method.cutter(p, site.layer, site.row_axis)
 
     def _whole(self, site: Site) -> np.ndarray:
         """The base weight of a site, from the rows of this tensor (a site that spans several is read by none yet)."""
         rows, columns = site.stored_matrix
         stored = np.empty((rows, columns), self.source.numpy)
-        self._read(stored, self.segment.begin)
+        self.read(stored, self.segment.begin)
         matrix = decode(stored, self.source).astype(self.compute, copy=False)
         return matrix.T if site.layer.transposed else matrix
 
     def row_step(self) -> int:
         """Tiles must begin at multiples of this many rows of the segment."""
-        prepared = self.prepared()
-        steps = [row_step(part, prepared[id(part.site)]) for c in self.segment.contributions for part in c.parts]
-        return int(np.lcm.reduce(steps)) if steps else 1
+        self.prepared()
+        return math.lcm(*self._steps)
 
-    def merge(self, begin: int, end: int, scratch: Scratch) -> tuple[np.ndarray, Sums]:
-        """Rows `begin:end` of the tensor's matrix, rounded to its dtype, and their sums.
+    def merge(self, stored: np.ndarray, begin: int, rounded: np.ndarray, scratch: Scratch) -> Sums:
+        """Merge rows of the tensor's matrix, and measure what was done.
 
-        The result lies in `scratch` and is valid until the next call with it.
+        Args:
+            stored: the rows as they are stored, `(rows, columns)`.
+            begin: which rows they are, counted in the tensor.
+            rounded: where the result goes, in the output's dtype.
+            scratch: of the calling thread.
         """
-        shape = (end - begin, self.output.columns)
-        stored = scratch.array("stored", shape, self.source.numpy)  # type: ignore[arg-type]
-        self._read(stored, begin)
-        base = decode(stored, self.source, scratch.array("base", shape, self.compute))
-        wanted, delta = self._effective(base, begin, end)
-        rounded = encode(wanted, self.target, scratch.array("rounded", shape, self.target.numpy))  # type: ignore[arg-type]
-        return rounded, self._measure(stored, base, delta, rounded, scratch)
+        base = decode(stored, self.source, scratch.array("base", stored.shape, self.compute))
+        flat = base.reshape(-1)
+        with np.errstate(invalid="ignore", over="ignore"):
+            sums = Sums(count=base.size, base=float(np.dot(flat, flat)))
+            value, delta = self._effective(base, begin, begin + len(base))
+            if value is None:
+                # A short dtype's rounding dwarfs float32's, so the sum may stand in for what was wanted.
+                value = np.add(base, delta, out=base if self.target.bits < 32 else None)
+            encode(value, self.target, rounded)
+            self._measure(sums, stored, base, value, delta, rounded, scratch)
+        return sums
 
-    def _read(self, stored: np.ndarray, begin: int) -> None:
+    def read(self, stored: np.ndarray, begin: int) -> None:
+        """Fill `stored` with the rows from `begin` on."""
         offset = self.output.info.begin + begin * stored.shape[1] * stored.dtype.itemsize
         self.output.source.read_into(stored, offset)
 
-    def _effective(self, base: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """W + sum c (F(W) - W), and that sum."""
-        total = None
-        for contribution in self.segment.contributions:
-            value, delta = self._one(contribution, base, begin, end)
-            if contribution.weight == 1 and len(self.segment.contributions) == 1:
-                return value, delta
-            delta = delta * contribution.weight
-            total = delta if total is None else total + delta
-        if total is None:
-            total = np.zeros_like(base)
-        return base + total, total
+    def _effective(self, base: np.ndarray, begin: int, end: int) -> tuple[np.ndarray | None, np.ndarray]:
+        """W + sum c (F(W) - W) where it is known better than as the sum of W and the update, and the update."""
+        contributions = self.segment.contributions
+        if len(contributions) == 1 and contributions[0].weight == 1:
+            return self._one(contributions[0], base, begin, end)
+        total = np.zeros_like(base)
+        for contribution in contributions:
+            total += contribution.weight * self._one(contribution, base, begin, end)[1]
+        return None, total
 
-    def _one(self, contribution: Contribution, base: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """F(W) and F(W) - W of one adapter."""
-        value, delta = base, None
+    def _one(
+        self, contribution: Contribution, base: np.ndarray, begin: int, end: int
+    ) -> tuple[np.ndarray | None, np.ndarray]:
+        """F(W), None where it is the sum of W and the update, and F(W) - W of one adapter."""
+        value, delta = None, None
         if contribution.replacement is not None:
             value = self._rows_of(contribution.replacement, contribution, begin, end)
             delta = value - base
         for site in contribution.biases:
             raw = {name: ref.read(contribution.adapters.tensors, self.compute) for name, ref in site.params.items()}
-            changed = site.method.effective_bias(raw, value.reshape(-1), None, site.layer).reshape(value.shape)
-            delta = changed - value if delta is None else delta + (changed - value)
-            value = changed
+            before = base if value is None else value
+            value = site.method.effective_bias(raw, before.reshape(-1), None, site.layer).reshape(base.shape)
+            delta = value - base
         for part in contribution.parts:
-            update = self._update(part, value, begin, end)
-            value = value + update
+            if value is None and delta is not None:
+                value = base + delta
+            update = self._update(part, base if value is None else value, begin, end)
+            value = None if value is None else value + update
             delta = update if delta is None else delta + update
         return value, np.zeros_like(base) if delta is None else delta
 
     def _update(self, part: Part, value: np.ndarray, begin: int, end: int) -> np.ndarray:
         site, piece = part.site, part.piece
-        p = self.prepared()[id(site)]
         start = piece.start + begin - piece.at
-        if site.row_axis in site.method.tiles.split():
-            p = site.method.cut(p, site.layer, site.row_axis, start, start + end - begin)
+        p = self.prepared()[id(site)](start, start + end - begin)
         w = value.T if site.layer.transposed else value
         update = site.method.update(p, w, site.layer)
-        return update.T if site.layer.transposed else update
+        return np.ascontiguousarray(update.T) if site.layer.transposed else update
 
     def _rows_of(self, ref: Ref, contribution: Contribution, begin: int, end: int) -> np.ndarray:
         tensors = contribution.adapters.tensors
@@ -159,44 +172,42 @@ class SegmentMerger:
         return decode(stored, info.dtype).astype(self.compute, copy=False)
 
     def _measure(
-        self, stored: np.ndarray, base: np.ndarray, delta: np.ndarray, rounded: np.ndarray, scratch: Scratch
-    ) -> Sums:
+        self,
+        sums: Sums,
+        stored: np.ndarray,
+        base: np.ndarray,
+        value: np.ndarray,
+        delta: np.ndarray,
+        rounded: np.ndarray,
+        scratch: Scratch,
+    ) -> None:
+        """Add the sums over D, E = W' - W - D and the entries that stayed; `base` is W unless it is `value`."""
         error = decode(rounded, self.target, scratch.array("error", base.shape, self.compute))
-        with np.errstate(invalid="ignore", over="ignore"):
+        if base is value:
+            error -= value
+        else:
             error -= base
             error -= delta
-            flat = [array.reshape(-1) for array in (base, np.ascontiguousarray(delta), error)]
-            sums = Sums(
-                count=base.size,
-                base=_dot(flat[0], flat[0]),
-                update=_dot(flat[1], flat[1]),
-                rounding=_dot(flat[2], flat[2]),
-                cross=_dot(flat[1], flat[2]),
-            )
-        if stored.dtype == rounded.dtype:
-            bits = np.dtype(f"u{stored.dtype.itemsize}")
-            sums.unchanged = int(np.count_nonzero(stored.view(bits) == rounded.view(bits)))
-        else:
-            sums.unchanged = int(np.count_nonzero(error + delta == 0))
-        if not np.isfinite(sums.rounding):
-            sums = self._with_nonfinite(sums, base, delta, rounded)
-        return sums
+        d, e = delta.reshape(-1), error.reshape(-1)
+        sums.update, sums.rounding, sums.cross = float(np.dot(d, d)), float(np.dot(e, e)), float(np.dot(d, e))
+        bits = np.dtype(f"u{rounded.dtype.itemsize}")
+        before = stored if self.source == self.target else encode(decode(stored, self.source), self.target)
+        sums.unchanged = int(np.count_nonzero(before.view(bits) == rounded.view(bits)))
+        if not math.isfinite(sums.rounding):
+            self._count_nonfinite(sums, decode(stored, self.source), delta, rounded)
 
-    def _with_nonfinite(self, sums: Sums, base: np.ndarray, delta: np.ndarray, rounded: np.ndarray) -> Sums:
-        """Sums over the finite entries; entries that the base has not finite either are counted, new ones are an error."""
+    def _count_nonfinite(self, sums: Sums, base: np.ndarray, delta: np.ndarray, rounded: np.ndarray) -> None:
+        """Sums over the finite entries alone. Entries that the base has not finite either are counted; new ones are refused."""
         written = decode(rounded, self.target).astype(np.float64)
         before, bad = np.isfinite(base), ~np.isfinite(written)
         if (bad & before).any():
             message = (
-                f"{self.output.name}: {int((bad & before).sum())} entries overflow {self.output.code} (the "
-                f"largest is {float(np.abs(base + delta)[before].max()):.3g}); write a wider dtype (--dtype "
-                "bfloat16 or float32), or lower the scale"
+                f"{self.output.name}: {int((bad & before).sum())} entries overflow {self.output.code} (the largest is "
+                f"{float(np.abs(base + delta)[before].max()):.3g}); write a wider dtype (--dtype bfloat16 or float32), or "
+                "lower the scale"
             )
             raise NumberError(message)
         w, d = (np.where(bad, 0, array).astype(np.float64).reshape(-1) for array in (base, delta))
         e = np.where(bad, 0, written).reshape(-1) - w - d
-        return Sums(sums.count, w @ w, d @ d, e @ e, d @ e, sums.unchanged, int(bad.sum()))
-
-
-def _dot(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.dot(a, b))
+        sums.base, sums.update, sums.rounding, sums.cross = (float(x @ y) for x, y in ((w, w), (d, d), (e, e), (d, e)))
+        sums.nonfinite = int(bad.sum())
