@@ -7,10 +7,12 @@ long; such a pattern is an error, not a hang.
 from __future__ import annotations
 
 from functools import lru_cache
-
-import regex
+from typing import TYPE_CHECKING
 
 from peftarray.errors import ConfigError
+
+if TYPE_CHECKING:
+    import regex
 
 __all__ = ["fullmatch", "match"]
 
@@ -23,6 +25,9 @@ def _compiled(pattern: str, field: str) -> regex.Pattern[str]:
     if len(pattern) > _LONGEST:
         message = f"{field} is a pattern of {len(pattern)} characters; at most {_LONGEST} are allowed"
         raise ConfigError(message)
+    # Imported by the first pattern: most adapters have lists of names and need none.
+    import regex
+
     try:
         return regex.compile(pattern, flags=regex.VERSION0)
     except (regex.error, RecursionError, OverflowError) as error:

@@ -145,7 +145,9 @@ def _is_copy(path: str, keys: dict[str, str], config: AdapterConfig) -> bool:
     """Whether a key is one of the two that `bias="all"` adds for the biases of `modules_to_save`: old value, and copy."""
     for word in ("original_module", "modules_to_save"):
         module, found, local = path.partition(f".{word}.")
-        if found and f"{module}.{local}" in keys and is_saved(module, config):
+        # The copy's key has the adapter's name where the module has children.
+        twins = (f"{module}.{local}", f"{module}.{local.partition('.')[2]}")
+        if found and is_saved(module, config) and any(twin in keys for twin in twins):
             return True
     return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ _READ = 1 << 18
 """Entries read and written at once."""
 _TASK = 1 << 23
 """Bytes of output a task."""
+_EXACT, _SAMPLE = 1 << 20, 4
+"""Tensors up to so many entries are measured whole; of larger ones, one tile in so many."""
 _COPY = 1 << 26
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -232,6 +235,7 @@ def _tile_rows(output: Output, merger: SegmentMerger | None, whole: bool, segmen
     return max(1, _TILE // max(1, output.columns) // step) * step
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _merge_rows(
     output: Output,
     merger: SegmentMerger | None,
@@ -244,6 +248,9 @@ def _merge_rows(
     scratch = local.__dict__.setdefault("scratch", Scratch())
     total = Sums()
     width = output.columns * output.dtype.bits // 8
+    # Of a large tensor one tile in four that the update reaches is measured, the first of each task among them.
+    often = _SAMPLE if math.prod(output.shape) > _EXACT else 1
+    reached = 0
     ahead = max(1, _READ // max(1, output.columns * step)) * step
     for first in range(begin, end, ahead):
         rows = min(ahead, end - first)
@@ -256,7 +263,10 @@ def _merge_rows(
             if merger is None:
                 _convert(output, stored[tile], rounded[tile], scratch)
             else:
-                total.add(merger.merge(stored[tile], first + at, rounded[tile], scratch))
+                measure = reached % often == 0
+                sums = merger.merge(stored[tile], first + at, rounded[tile], scratch, measure=measure)
+                reached += sums.update != 0
+                total.add(sums)
         _write_all(target.descriptor, memoryview(rounded.reshape(-1).view("u1")), output.begin + first * width, target.path)
     if merger is not None and merger.segment.contributions:
         with target.lock:

@@ -18,6 +18,10 @@ from peftarray.merging.report import Sums
 __all__ = ["Scratch", "SegmentMerger", "can_tile"]
 
 
+# Dtypes with float32's range at least: what is finite before rounding is so afterwards, or its square is not.
+_WIDE = ("BF16", "F32", "F64")
+
+
 class Scratch:
     """Buffers of one thread, kept from tile to tile: memory that is reused stays in the cache."""
 
@@ -98,25 +102,33 @@ class SegmentMerger:
         self.prepared()
         return math.lcm(*self._steps)
 
-    def merge(self, stored: np.ndarray, begin: int, rounded: np.ndarray, scratch: Scratch) -> Sums:
-        """Merge rows of the tensor's matrix, and measure what was done.
+    def merge(
+        self, stored: np.ndarray, begin: int, rounded: np.ndarray, scratch: Scratch, *, measure: bool = True
+    ) -> Sums:
+        """Merge rows of the tensor's matrix, and sum up what was done. Floating-point warnings are the caller's to silence.
 
         Args:
             stored: the rows as they are stored, `(rows, columns)`.
             begin: which rows they are, counted in the tensor.
             rounded: where the result goes, in the output's dtype.
             scratch: of the calling thread.
+            measure: also compare the rounded values with the wanted ones.
         """
         base = decode(stored, self.source, scratch.array("base", stored.shape, self.compute))
         flat = base.reshape(-1)
-        with np.errstate(invalid="ignore", over="ignore"):
-            sums = Sums(count=base.size, base=float(np.dot(flat, flat)))
-            value, delta = self._effective(base, begin, begin + len(base))
-            if value is None:
-                # A short dtype's rounding dwarfs float32's, so the sum may stand in for what was wanted.
-                value = np.add(base, delta, out=base if self.target.bits < 32 else None)
-            encode(value, self.target, rounded)
+        sums = Sums(count=base.size, base=float(np.dot(flat, flat)))
+        value, delta = self._effective(base, begin, begin + len(base))
+        sums.update = float(np.dot(delta.reshape(-1), delta.reshape(-1)))
+        if value is None:
+            # A short dtype's rounding dwarfs float32's, so the sum may stand in for what was wanted.
+            value = np.add(base, delta, out=base if self.target.bits < 32 else None)
+        encode(value, self.target, rounded)
+        if not math.isfinite(sums.base + sums.update) or self.target.code not in _WIDE:
+            self._check_finite(sums, stored, delta, rounded)
+        if measure:
             self._measure(sums, stored, base, value, delta, rounded, scratch)
+        elif not sums.update:
+            sums.idle = sums.count
         return sums
 
     def read(self, stored: np.ndarray, begin: int) -> None:
@@ -189,25 +201,29 @@ class SegmentMerger:
             error -= base
             error -= delta
         d, e = delta.reshape(-1), error.reshape(-1)
-        sums.update, sums.rounding, sums.cross = float(np.dot(d, d)), float(np.dot(e, e)), float(np.dot(d, e))
+        if sums.nonfinite:
+            sound = np.isfinite(e)
+            d, e = np.where(sound, d, 0), np.where(sound, e, 0)
+        sums.measured = sums.count
+        sums.wanted, sums.rounding, sums.cross = float(np.dot(d, d)), float(np.dot(e, e)), float(np.dot(d, e))
         bits = np.dtype(f"u{rounded.dtype.itemsize}")
         before = stored if self.source == self.target else encode(decode(stored, self.source), self.target)
         sums.unchanged = int(np.count_nonzero(before.view(bits) == rounded.view(bits)))
-        if not math.isfinite(sums.rounding):
-            self._count_nonfinite(sums, decode(stored, self.source), delta, rounded)
 
-    def _count_nonfinite(self, sums: Sums, base: np.ndarray, delta: np.ndarray, rounded: np.ndarray) -> None:
-        """Sums over the finite entries alone. Entries that the base has not finite either are counted; new ones are refused."""
-        written = decode(rounded, self.target).astype(np.float64)
-        before, bad = np.isfinite(base), ~np.isfinite(written)
-        if (bad & before).any():
+    def _check_finite(self, sums: Sums, stored: np.ndarray, delta: np.ndarray, rounded: np.ndarray) -> None:
+        """Count entries that are not finite, as the base's are; refuse new ones, which overflow the output's dtype."""
+        bad = ~np.isfinite(decode(rounded, self.target))
+        if not bad.any():
+            return
+        base = decode(stored, self.source)
+        new = bad & np.isfinite(base)
+        if new.any():
             message = (
-                f"{self.output.name}: {int((bad & before).sum())} entries overflow {self.output.code} (the largest is "
-                f"{float(np.abs(base + delta)[before].max()):.3g}); write a wider dtype (--dtype bfloat16 or float32), or "
+                f"{self.output.name}: {int(new.sum())} entries overflow {self.output.code} (the largest is "
+                f"{float(np.abs(base + delta)[new].max()):.3g}); write a wider dtype (--dtype bfloat16 or float32), or "
                 "lower the scale"
             )
             raise NumberError(message)
-        w, d = (np.where(bad, 0, array).astype(np.float64).reshape(-1) for array in (base, delta))
-        e = np.where(bad, 0, written).reshape(-1) - w - d
-        sums.base, sums.update, sums.rounding, sums.cross = (float(x @ y) for x, y in ((w, w), (d, d), (e, e), (d, e)))
         sums.nonfinite = int(bad.sum())
+        base, delta = np.where(bad, 0, base).reshape(-1), np.where(bad, 0, delta).reshape(-1)
+        sums.base, sums.update = float(np.dot(base, base)), float(np.dot(delta, delta))
