@@ -40,7 +40,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapter": "Adapter",
-    "errors": "ConfigError FormatError MatchError NumberError OutputError PeftError QualityError ShapeError UnsupportedError",
+    "errors": "ConfigError FormatError MatchError NumberError OutputError PeftError QualityError ShapeError"
+    " UnsupportedError",
     "inspection": "Inspection inspect",
     "layers": "Layer Window",
     "merging": "MergeReport Verification merge verify",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -93,7 +94,7 @@ class Adapter:
         """The same adapter, which training changes."""
         return dataclasses.replace(self, trainable=True)
 
-    def _through(self, weight: Array, change) -> Array:
+    def _through(self, weight: Array, change: Callable[[Params, Array, Layer], Array]) -> Array:
         xp = namespace(weight, *self.params.values())
         matrix = self.layer.view(weight)
         if getattr(weight.dtype, "itemsize", 4) < 4:

@@ -1,7 +1,7 @@
 """Arrays of any library: which namespace a formula runs in, and the few things the array API standard lacks.
 
-The only module that imports array-api-compat. A formula asks `namespace(*arrays)` over *all* its arrays, so that a frozen
-NumPy factor beneath a traced array ends up in the namespace that can trace.
+The only module that imports array-api-compat. A formula asks `namespace(*arrays)` over *all* its arrays, so that a
+frozen NumPy factor beneath a traced array ends up in the namespace that can trace.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def namespace(*arrays: Array) -> Any:
         >>> namespace(np.ones(2), 3.0).__name__
         'array_api_compat.numpy'
     """
-    best_rank, best = -1, None
+    best_rank = -1
+    best: Any = None
     for array in arrays:
         if array is None or isinstance(array, (int, float, complex)):
             continue

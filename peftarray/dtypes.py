@@ -14,7 +14,7 @@ import numpy as np
 
 from peftarray.errors import ConfigError, UnsupportedError
 
-__all__ = ["FLOATS", "StorageDType", "decode", "encode", "parse_dtype", "storage_dtype"]
+__all__ = ["FLOATS", "StorageDType", "code_of", "decode", "encode", "parse_dtype", "storage_dtype"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,19 @@ def storage_dtype(code: str) -> StorageDType | None:
     return _DTYPES.get(code)
 
 
+def code_of(dtype: np.dtype) -> str:
+    """The safetensors code of a NumPy (or ml_dtypes) dtype.
+
+    Raises:
+        UnsupportedError: safetensors has none for it.
+    """
+    for code, known in _DTYPES.items():
+        if known.numpy == dtype:
+            return code
+    message = f"an array of dtype {dtype} has no safetensors dtype; convert it first"
+    raise UnsupportedError(message)
+
+
 def parse_dtype(name: str) -> StorageDType:
     """The floating storage dtype that a user or a `config.json` calls `name` (`"bfloat16"`, `"bf16"`, `"BF16"`).
 
@@ -150,7 +163,7 @@ def encode(values: np.ndarray, dtype: StorageDType, out: np.ndarray | None = Non
 
 
 def _encode_double(values: np.ndarray, dtype: StorageDType, out: np.ndarray | None) -> np.ndarray:
-    """float64 to a short dtype with one rounding: through a float32 rounded to odd, so that no tie is made on the way."""
+    """float64 to a short dtype with one rounding: through a float32 rounded to odd, so that no tie is made."""
     with np.errstate(over="ignore"):
         single = values.astype(np.float32)
     bits = single.view(np.uint32)

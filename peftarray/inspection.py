@@ -1,4 +1,4 @@
-"""What is in a file: an adapter's method, ranks, scales and spectra, or a checkpoint's tensors. Works without a base."""
+"""What is in a file: an adapter's method, ranks, scales and spectra, or a checkpoint's tensors. Needs no base."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from peftarray.dtypes import storage_dtype
+from peftarray.errors import MatchError
 from peftarray.formats.peft import open_weights
 from peftarray.formats.peft_config import read_config
 from peftarray.layers import Layer
@@ -31,8 +32,8 @@ class AdaptedModule:
         name: the module.
         rank: inner size of its factors.
         scale: the factor s before their product.
-        norm: the Frobenius norm of s B A.
-        spectrum: the singular values of s B A, the largest first.
+        norm: the Frobenius norm of s B A; NaN where it does not follow from the adapter alone.
+        spectrum: the singular values of s B A, the largest first; empty where they do not follow.
     """
 
     name: str
@@ -117,40 +118,36 @@ def _adapter(folder: Path) -> Inspection:
 
 
 def _module(name: str, group: dict[str, str], config: AdapterConfig, tensors: Checkpoint) -> AdaptedModule:
-    down, up = tensors.read(group["lora_A"]), tensors.read(group["lora_B"])
-    down, up = down.reshape(down.shape[0], -1), up.reshape(up.shape[0], -1)
+    raw = {local: tensors.read(key) for local, key in group.items()}
+    rank, up_rows = raw["lora_A"].shape[0], raw["lora_B"].shape[0]
     method = config.at(name)
-    layer = Layer(name, "linear", (up.shape[0], down.shape[1]))
+    kernel = raw["lora_A"].shape[2:]
+    layer = Layer(name, "conv" if kernel else "linear", (up_rows, raw["lora_A"].shape[1], *kernel))
+    if not _is_plain(method, raw, layer) or any(not param.stored for param in method.params(layer).values()):
+        # The update needs the base's weight, or holds many experts: its spectrum does not follow from these factors.
+        return AdaptedModule(name, rank, method.scale, math.nan, ())
+    factors = method.prepare(raw, layer)
     # The product's singular values are those of the small product of the factors' triangles.
-    raw = {"lora_A": down, "lora_B": up}
-    prepared = (
-        method.prepare(raw, layer)
-        if set(method.params(layer)) == set(raw)
-        else {"up": up * _scale(method), "down": down}
-    )
-    small = np.linalg.qr(prepared["up"], mode="r") @ np.linalg.qr(prepared["down"].T, mode="r").T
-    spectrum = np.linalg.svd(small, compute_uv=False)
-    return AdaptedModule(
-        name, down.shape[0], _scale(method), float(np.linalg.norm(spectrum)), tuple(map(float, spectrum))
-    )
+    left, right = (np.linalg.qr(factor).R for factor in (factors["up"], factors["down"].T))
+    spectrum = np.linalg.svd(left @ right.T, compute_uv=False)
+    return AdaptedModule(name, rank, method.scale, float(np.linalg.norm(spectrum)), tuple(map(float, spectrum)))
 
 
-def _scale(method: AdapterConfig) -> float:
-    one = np.ones((1, 1), np.float32)
-    layer = Layer("", "linear", (1, 1))
-    plain = dataclasses.replace(method, use_dora=False, use_bdlora=None, kasa_config=None, lora_bias=False)  # type: ignore[call-arg]
-    return float(plain.prepare({"lora_A": one, "lora_B": one}, layer)["up"][0, 0])
+def _is_plain(method: AdapterConfig, raw: dict[str, np.ndarray], layer: Layer) -> bool:
+    """Whether the tensors are those of one layer, by the method's own table."""
+    try:
+        method.check_shapes({name: array.shape for name, array in raw.items()}, layer)
+    except MatchError:
+        return False
+    return True
 
 
 def _checkpoint(tensors: Checkpoint) -> Inspection:
     config = tensors.config
-    facts = {
-        name: config[name]
-        for name in ("model_type", "architectures", "tie_word_embeddings", "vocab_size")
-        if name in config
-    }
+    said = ("model_type", "architectures", "tie_word_embeddings", "vocab_size")
+    facts: dict[str, Any] = {name: config[name] for name in said if name in config}
     if "quantization_config" in config:
-        facts["quantised"] = config["quantization_config"].get("quant_method", True)
+        facts["quantisation"] = config["quantization_config"]
     facts["files"] = len(tensors.shards)
     return _summary(tensors.path, "checkpoint", tensors, facts, (), ())
 

@@ -1,4 +1,4 @@
-"""Layers: how a stored weight becomes the `(out, fan_in)` matrix that methods see, and how a matrix acts on activations."""
+"""Layers: how a stored weight becomes the `(out, fan_in)` matrix that methods see, and how that acts on activations."""
 
 from __future__ import annotations
 

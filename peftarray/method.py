@@ -1,8 +1,8 @@
 """The protocol: a method is a map from a frozen weight to an effective weight, in two stages.
 
 `prepare(p, layer)` runs once a layer on the whole parameters. `weight(p, w, layer)` takes what it returned and `w`, the
-`(out, fan_in)` matrix of the layer *or any tile of it* along the axes that `tiles` declares. Laws that every method keeps
-(`peftarray.testing` and tests/laws check them):
+`(out, fan_in)` matrix of the layer *or any tile of it* along the axes that `tiles` declares. Laws that every method
+keeps (`peftarray.testing` and tests/laws check them):
 
 - For every axis in `tiles`: cut and concatenated equals whole, at multiples of `granularity`. Along an axis that is not
   declared, cutting fails or differs.
@@ -27,15 +27,15 @@ from peftarray.arrays import Array, Params, constant, device, namespace, thin_pr
 from peftarray.errors import ConfigError, MatchError, ShapeError, UnsupportedError, nearest
 from peftarray.layers import Kind, Layer, Window, contract, expand
 from peftarray.random import Draw
-from peftarray.settings import boolean, check_settings, indices, names, setting, text
+from peftarray.settings import boolean, check_settings, indices, name_list, names, setting, text
 
 __all__ = ["AdapterConfig", "Additive", "LowRank", "Param", "Transform"]
 
 _AXIS = re.compile(r"\d*(out|in)(/\w+)?")
-# What says where an adapter goes, or where it came from, and not what it computes: `at(name)` puts it back to its default.
+# What says where an adapter goes, or where it came from, and not what it computes: `at(name)` puts it to its default.
 _ADDRESS = (
-    "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules exclude_modules "
-    "modules_to_save layers_to_transform layers_pattern target_parameters trainable_token_indices"
+    "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules "
+    "exclude_modules modules_to_save layers_to_transform layers_pattern target_parameters trainable_token_indices"
 ).split()
 
 
@@ -44,8 +44,8 @@ class Param:
     """One row of a method's table: one array.
 
     Attributes:
-        axes: a word an axis: `"out r"`, `"r in"`, `"out/v r"`, `"2out"`. Words with `out` or `in` follow that axis of the
-            weight, in proportion; the others are the array's own.
+        axes: a word an axis: `"out r"`, `"r in"`, `"out/v r"`, `"2out"`. Words with `out` or `in` follow that axis of
+            the weight, in proportion; the others are the array's own.
         shape: its shape; None where the file decides.
         init: makes its first values from (seed, stream name, shape); None where a file must bring it.
         frozen: not trained.
@@ -87,7 +87,7 @@ class AdapterConfig(ABC):
     inference_mode: bool = setting(False, boolean)
     target_modules: str | list[str] | tuple[str, ...] | None = setting(None, names)
     exclude_modules: str | list[str] | tuple[str, ...] | None = setting(None, names)
-    modules_to_save: list[str] | tuple[str, ...] | None = setting(None, names)
+    modules_to_save: list[str] | tuple[str, ...] | None = setting(None, name_list)
     layers_to_transform: int | list[int] | tuple[int, ...] | None = setting(None, indices)
     layers_pattern: str | list[str] | tuple[str, ...] | None = setting(None, names)
 
@@ -161,6 +161,11 @@ class AdapterConfig(ABC):
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         """The layer's output without bias, from the prepared parameters: `x` through the effective weight."""
 
+    @property
+    def scale(self) -> float:
+        """What the product or sum that makes the update is multiplied by."""
+        return 1.0
+
     # What a reader of files asks; the answers are facts about the configuration.
 
     def why_not_mergeable(self) -> str | None:
@@ -222,8 +227,8 @@ class AdapterConfig(ABC):
         size = layer.out if axis == "out" else layer.fan_in
         table = self.axes(layer)
         plan = [
-            (name, array, [(n if _follows(word, axis) else 0) for word, n in zip(table[name].split(), array.shape, strict=True)])
-            for name, array in p.items()
+            (name, array, [n if _follows(word, axis) else 0 for word, n in zip(words, array.shape, strict=True)])
+            for name, array, words in ((name, array, table[name].split()) for name, array in p.items())
         ]
 
         def cut(start: int, stop: int) -> dict[str, Array]:
@@ -317,7 +322,8 @@ class AdapterConfig(ABC):
         """An adapter for one weight, beside it: same library and device, at least float32.
 
         Args:
-            weight: `(out, in)`, `(out, in / groups, *kernel)`, an embedding `(vocab, dim)`, or `(in, out)` if `transposed`.
+            weight: `(out, in)`, `(out, in / groups, *kernel)`, an embedding `(vocab, dim)`, or `(in, out)` if
+                `transposed`.
             seed: the same seed and name give the same values on every library.
             name: the module's name, which patterns see.
             kind: `"linear"`, `"embedding"` or `"conv"`; by the number of axes if None.
@@ -406,7 +412,7 @@ class Additive(AdapterConfig):
 
 
 class Transform(AdapterConfig):
-    """Any other map of the weight, the safe superset: define `params`, `tiles`, `weight`, and `inverse` where one exists."""
+    """Any other map of the weight: define `params`, `tiles`, `weight`, and `inverse` where one exists."""
 
     def update(self, p: Params, w: Array, layer: Layer) -> Array:
         return self.weight(p, w, layer) - w

@@ -19,6 +19,7 @@ __all__ = [
     "check_settings",
     "indices",
     "mapping_of",
+    "name_list",
     "names",
     "number",
     "one_of",
@@ -80,6 +81,10 @@ indices = Rule(
     ),
     "None, a layer number or a list of them",
 )
+name_list = Rule(
+    lambda value: value is None or (isinstance(value, (list, tuple)) and all(type(item) is str for item in value)),
+    "None or a list of names",
+)
 names = Rule(
     lambda value: (
         value is None
@@ -124,7 +129,7 @@ def check_settings(config: Any) -> None:
             raise UnsupportedError(message)
 
 
-def _default(item: Field) -> Any:
+def _default(item: Field[Any]) -> Any:
     return item.default if item.default is not MISSING else None
 
 

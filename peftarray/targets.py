@@ -1,8 +1,8 @@
 """Which modules a configuration targets: strings in, strings out, by PEFT's rules.
 
-Order of the rules: an excluded name is never targeted; nor is what `modules_to_save` names, or its children; a string is a
-pattern for the whole name; an exact name in a list is targeted whatever the layers; a name that ends in `.` and an item of
-the list is targeted if its layer is.
+Order of the rules: an excluded name is never targeted; nor is what `modules_to_save` names, or its children; a string
+is a pattern for the whole name; an exact name in a list is targeted whatever the layers; a name that ends in `.` and an
+item of the list is targeted if its layer is.
 """
 
 from __future__ import annotations

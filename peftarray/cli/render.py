@@ -19,14 +19,17 @@ def report_text(report: MergeReport, *, every_tensor: bool = False) -> str:
     changed = len(report.tensors)
     if report.dry_run:
         lines.append(
-            f"would apply {report.applied} of {report.given} adapter tensors and copy {report.copied} base tensors unchanged"
+            f"would apply {report.applied} of {report.given} adapter tensors "
+            f"and copy {report.copied} base tensors unchanged"
         )
         lines.append(
-            f"would write {_size(report.nbytes)} to {report.out}, holding at most {_size(report.memory)} of weights at once"
+            f"would write {_size(report.nbytes)} to {report.out}, "
+            f"holding at most {_size(report.memory)} of weights at once"
         )
     else:
         lines.append(
-            f"applied {report.applied} of {report.given} adapter tensors to {changed} base tensors; {report.copied} copied unchanged"
+            f"applied {report.applied} of {report.given} adapter tensors to {changed} base tensors; "
+            f"{report.copied} copied unchanged"
         )
     lines += [f"note: {note}" for note in report.notes]
     if report.unmatched:
@@ -48,22 +51,26 @@ def _figures(report: MergeReport) -> list[str]:
     dtypes = ", ".join(sorted({tensor.dtype for tensor in report.tensors}))
     lines = [
         f"  size of the update     {total.relative_update:.4g} of the base's",
-        f"  held by {dtypes or 'the output':<14} {100 * report.retained:.2f}% of its energy (error {total.error:.3g}, cosine {total.cosine:.4f})",
+        f"  held by {dtypes or 'the output':<14} {100 * report.retained:.2f}% of its energy "
+        f"(error {total.error:.3g}, cosine {total.cosine:.4f})",
         f"  entries unchanged      {100 * total.unchanged_share:.1f}%",
     ]
     if total.nonfinite:
         lines.append(f"  NaN or infinite        {total.nonfinite} entries, as in the base")
     if report.empty:
         lines.append(
-            f"  update is zero         in {len(report.empty)} of {len(report.tensors)} tensors: the adapter changes nothing there"
+            f"  update is zero         in {len(report.empty)} of {len(report.tensors)} tensors: "
+            "the adapter changes nothing there"
         )
     if report.flagged:
         lines.append(
-            f"  LOST IN ROUNDING       {len(report.flagged)} tensors hold less than 90% of their update; --dtype float32 keeps it:"
+            f"  LOST IN ROUNDING       {len(report.flagged)} tensors hold less than 90% of their update; "
+            "--dtype float32 keeps it:"
         )
         for tensor in report.flagged[:_WORST]:
             lines.append(
-                f"    {100 * tensor.retained:5.1f}% held, {100 * tensor.unchanged:5.1f}% of the entries unchanged: {tensor.name}"
+                f"    {100 * tensor.retained:5.1f}% held, {100 * tensor.unchanged:5.1f}% of the entries unchanged: "
+                f"{tensor.name}"
             )
     return lines
 
@@ -81,7 +88,8 @@ def verification_text(found: Verification) -> str:
     """A verification, as lines."""
     lines = [
         f"looked at {found.tensors} tensors; {found.copied} must equal their source byte for byte",
-        f"recomputed {found.entries} entries in float64: {100 * found.exact_share:.4f}% are the correctly rounded result",
+        f"recomputed {found.entries} entries in float64: "
+        f"{100 * found.exact_share:.4f}% are the correctly rounded result",
         f"the largest deviation is {found.worst:.3g} of what is allowed",
     ]
     lines += [f"FAILED: {failure}" for failure in found.failures[:_WORST]]
@@ -104,7 +112,8 @@ def inspection_text(found: Inspection) -> str:
         for module in found.modules:
             largest = module.spectrum[0] if module.spectrum else 0.0
             lines.append(
-                f"  {module.rank:4d} {module.scale:7.3g} {module.norm:9.3g} {largest:9.3g} {module.effective_rank:5.1f}  {module.name}"
+                f"  {module.rank:4d} {module.scale:7.3g} {module.norm:9.3g} {largest:9.3g} "
+                f"{module.effective_rank:5.1f}  {module.name}"
             )
     lines += [f"  whole tensor: {name}" for name in found.replaced]
     if found.kind == "checkpoint":

@@ -1,4 +1,5 @@
-"""What stands between a reader and the merger: which base tensors an adapter changes, by which method, from which arrays.
+"""What stands between a reader and the merger: which base tensors an adapter changes, by which method, from which
+arrays.
 
 Everything about names ends in a reader; everything about bytes starts in the merger; a method sees neither.
 """
@@ -56,7 +57,8 @@ class Ref:
 class Piece:
     """A range of rows of a layer's stored matrix, and where it lies.
 
-    A tensor of the base is seen as a matrix whose columns are the layer's: a stack of experts is as many blocks of rows.
+    A tensor of the base is seen as a matrix whose columns are the layer's: a stack of experts is as many blocks of
+    rows.
 
     Attributes:
         tensor: the base tensor, by its name on disk.

@@ -1,4 +1,4 @@
-"""The names of a base: live module paths, the tensors on disk behind them, and how an adapter's keys line up with both."""
+"""The names of a base: live module paths, the tensors on disk behind them, and how an adapter's keys line up."""
 
 from __future__ import annotations
 

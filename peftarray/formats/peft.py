@@ -177,7 +177,7 @@ def _place_local(found: _Sorted, module: str, depth: int, local: str, key: str) 
 def _method_sites(
     found: _Sorted, config: AdapterConfig, names: BaseNames, alignment: Alignment, tensors: Checkpoint
 ) -> list[Site]:
-    nested = defaultdict(dict)
+    nested: dict[str, dict[int, dict[str, str]]] = defaultdict(dict)
     for (module, depth), group in found.methods.items():
         nested[module][depth] = group
     sites: list[Site] = []

@@ -1,8 +1,8 @@
 """Tied heads: whether the output embedding still equals the input embedding after the merge, decided from the files.
 
-A tied model has one matrix for both, and mostly one tensor on disk. An adapter that changes one of them, or each in its own
-way, unties them: the merged checkpoint then holds both, and its `config.json` says so; otherwise a loader would tie them
-again and drop one.
+A tied model has one matrix for both, and mostly one tensor on disk. An adapter that changes one of them, or each in
+its own way, unties them: the merged checkpoint then holds both, and its `config.json` says so; otherwise a loader would
+tie them again and drop one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Carry out a plan: tasks of a few megabytes over threads, each byte written once, in memory that does not grow with the model."""
+"""Carry out a plan: tasks of a few megabytes over threads, each byte written once, in memory that stays the same."""
 
 from __future__ import annotations
 
@@ -255,9 +255,9 @@ def _merge_rows(
     for first in range(begin, end, ahead):
         rows = min(ahead, end - first)
         shape = (rows, output.columns)
-        stored = scratch.array("stored", shape, output.info.dtype.numpy)  # type: ignore[arg-type]
+        stored = scratch.array("stored", shape, output.info.dtype.numpy)
         output.source.read_into(stored, output.info.begin + first * output.columns * stored.dtype.itemsize)
-        rounded = scratch.array("rounded", shape, output.dtype.numpy)  # type: ignore[arg-type]
+        rounded = scratch.array("rounded", shape, output.dtype.numpy)
         for at in range(0, rows, step):
             tile = slice(at, min(at + step, rows))
             if merger is None:
@@ -267,7 +267,8 @@ def _merge_rows(
                 sums = merger.merge(stored[tile], first + at, rounded[tile], scratch, measure=measure)
                 reached += sums.update != 0
                 total.add(sums)
-        _write_all(target.descriptor, memoryview(rounded.reshape(-1).view("u1")), output.begin + first * width, target.path)
+        data = memoryview(rounded.reshape(-1).view("u1"))
+        _write_all(target.descriptor, data, output.begin + first * width, target.path)
     if merger is not None and merger.segment.contributions:
         with target.lock:
             target.reports.setdefault(output.name, Sums()).add(total)

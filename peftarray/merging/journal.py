@@ -1,7 +1,7 @@
 """What a merge has finished, kept beside the unfinished result, so that the same command goes on after a kill.
 
-`OUT.partial/` holds shards and the journal. A shard enters the journal once it is on the disk. The folder is renamed to OUT
-when all is done, and the journal removed.
+`OUT.partial/` holds shards and the journal. A shard enters the journal once it is on the disk. The folder is renamed
+to OUT when all is done, and the journal removed.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ def merge(
 ) -> MergeReport:
     """Merge adapters into a base checkpoint: W' = W + sum scale (F(W) - W), F(W) an adapter's effective weight.
 
-    Everything is checked from headers before a byte is written. The work streams: memory does not grow with the model. It is
-    written to `OUT.partial` and renamed at the end; after a kill, the same call goes on where it stopped.
+    Everything is checked from headers before a byte is written. The work streams: memory does not grow with the model.
+    It is written to `OUT.partial` and renamed at the end; after a kill, the same call goes on where it stopped.
 
     Args:
         base: a folder with `config.json` and safetensors weights, or one `.safetensors` file.

@@ -1,12 +1,13 @@
 """The plan of a merge, made from headers alone: every output tensor, where its bytes come from and what changes them.
 
-With several adapters, each with a weight c, the result is W' = W + sum c (F(W) - W), F(W) being what one adapter by itself
-makes of W: updates add, each taken from the pristine base, in any order. Replaced tensors are the case F(W) = R.
+With several adapters, each with a weight c, the result is W' = W + sum c (F(W) - W), F(W) being what one adapter by
+itself makes of W: updates add, each taken from the pristine base, in any order. Replaced tensors are the case F(W) = R.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -153,7 +154,7 @@ def make_plan(
     """
     contributions = _contributions(adapters)
     _refuse_untied_and_followed(adapters)
-    items: list[tuple[str, str, SafetensorsFile, TensorInfo, tuple[Contribution, ...]]] = []
+    items: list[_Item] = []
     by_shard: list[tuple[str, int]] = []
     for shard_name, shard in base.shards.items():
         for name, info in shard.tensors.items():
@@ -212,12 +213,14 @@ def _refuse_untied_and_followed(adapters: Sequence[tuple[Adapters, float]]) -> N
                 raise UnsupportedError(message)
 
 
-Started = tuple[str, SafetensorsFile, TensorInfo, tuple[Contribution, ...]]
+# Code to write, file and tensor to start from, and what changes it; an item has its name before that.
+_Started = tuple[str, SafetensorsFile, TensorInfo, tuple[Contribution, ...]]
+_Item = tuple[str, str, SafetensorsFile, TensorInfo, tuple[Contribution, ...]]
 
 
 def _start(
     name: str, shard: SafetensorsFile, info: TensorInfo, found: tuple[Contribution, ...], dtype: StorageDType | None
-) -> Started:
+) -> _Started:
     """Code, source and contributions of a tensor that the base has."""
     known = storage_dtype(info.code)
     floating = known is not None and known.floating
@@ -240,8 +243,8 @@ def _start(
                     "must agree"
                 )
                 raise MatchError(message)
-            kept = (Contribution(contribution.adapters, 1.0, None, contribution.parts, contribution.biases),)
-            kept = kept if contribution.parts or contribution.biases else ()
+            rest = Contribution(contribution.adapters, 1.0, None, contribution.parts, contribution.biases)
+            kept = (rest,) if rest.parts or rest.biases else ()
             file = contribution.adapters.tensors.shard_of(ref.name)
             return _written(info.code, dtype), file, other, kept
     if found and not floating:
@@ -259,7 +262,7 @@ def _new(
     adapters: Sequence[tuple[Adapters, float]],
     found: tuple[Contribution, ...],
     dtype: StorageDType | None,
-) -> Started:
+) -> _Started:
     """Code, source and contributions of a tensor that the base lacks."""
     for adapter, _ in adapters:
         if name in adapter.untied:
@@ -295,8 +298,9 @@ def _known(name: str, code: str) -> StorageDType:
     return dtype
 
 
-def _as_in_base(items: list, by_shard: list[tuple[str, int]]) -> list[tuple[str, list]]:
-    groups, start = [], 0
+def _as_in_base(items: list[_Item], by_shard: list[tuple[str, int]]) -> list[tuple[str, list[_Item]]]:
+    groups: list[tuple[str, list[_Item]]] = []
+    start = 0
     for name, end in by_shard:
         groups.append((name, items[start:end]))
         start = end
@@ -305,11 +309,11 @@ def _as_in_base(items: list, by_shard: list[tuple[str, int]]) -> list[tuple[str,
     return groups
 
 
-def _packed(items: list, limit: int) -> list[tuple[str, list]]:
+def _packed(items: list[_Item], limit: int) -> list[tuple[str, list[_Item]]]:
     if limit < 1:
         message = f"max_shard_size is {limit}; it must be at least 1 byte"
         raise ConfigError(message)
-    groups: list[list] = [[]]
+    groups: list[list[_Item]] = [[]]
     size = 0
     for item in items:
         nbytes = _out_bytes(item[3], item[1])
@@ -329,7 +333,7 @@ def _out_bytes(info: TensorInfo, code: str) -> int:
     return info.nbytes * _known(info.name, code).bits // info.dtype.bits
 
 
-def _shard(name: str, items: list, metadata: dict[str, str]) -> Shard:
+def _shard(name: str, items: list[_Item], metadata: dict[str, str]) -> Shard:
     head = header_bytes([(i[0], i[1], i[3].shape, _out_bytes(i[3], i[1])) for i in items], metadata)
     outputs, at = [], len(head)
     for tensor, code, source, info, contributions in items:
@@ -367,7 +371,7 @@ def _segments(info: TensorInfo, columns: int, contributions: tuple[Contribution,
             for edge in ends[ends.index(part.piece.at) : ends.index(part.piece.at + part.piece.rows)]:
                 by_start[edge].append((i, part))
     segments = []
-    for begin, end in zip(ends, ends[1:], strict=False):
+    for begin, end in itertools.pairwise(ends):
         kept = []
         for i, c in enumerate(contributions):
             parts = tuple(part for j, part in by_start[begin] if j == i)

@@ -4,9 +4,9 @@ With W the base, D the update that was wanted and W' what was written: update = 
 retained = 1 - error^2 (the share of the update's energy that the output holds, 0 at least), cosine = <W' - W, D> /
 (|W' - W| |D|), unchanged = the share of entries whose stored bits are the base's. Norms are Frobenius norms.
 
-The size of the update is exact. The figures of rounding (error, retained, cosine, unchanged) are exact for tensors below a
-million entries; of larger ones one tile in four that the update reaches is measured. Entries that are not finite are always
-counted.
+The size of the update is exact. The figures of rounding (error, retained, cosine, unchanged) are exact for tensors
+below a million entries; of larger ones one tile in four that the update reaches is measured. Entries that are not
+finite are always counted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The files beside the weights: everything of the base comes along, the adapter's tokenizer wins, `config.json` is mended."""
+"""The files beside the weights: the base's come along, the adapter's tokenizer wins, `config.json` is mended."""
 
 from __future__ import annotations
 

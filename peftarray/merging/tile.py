@@ -1,4 +1,4 @@
-"""One segment of a tensor: its methods prepared once, then any of its rows merged, rounded and measured, tile by tile."""
+"""One segment of a tensor: its methods prepared once, then any of its rows merged, rounded and measured."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class SegmentMerger:
     def merge(
         self, stored: np.ndarray, begin: int, rounded: np.ndarray, scratch: Scratch, *, measure: bool = True
     ) -> Sums:
-        """Merge rows of the tensor's matrix, and sum up what was done. Floating-point warnings are the caller's to silence.
+        """Merge rows of the tensor's matrix, and sum up what was done. The caller silences floating-point warnings.
 
         Args:
             stored: the rows as they are stored, `(rows, columns)`.

@@ -1,4 +1,4 @@
-"""Check a merged checkpoint against base and adapters by a path of its own: float64, without the merger's tiles or rounding."""
+"""Check a merged checkpoint against base and adapters by a path of its own: float64, without the merger's rounding."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def verify(
 ) -> Verification:
     """Recompute a merged checkpoint in float64 and compare.
 
-    An entry may differ from the float64 result by half a unit in the last place of its dtype, plus float32's noise. Tensors
-    that no adapter touches must equal the base's bytes, or the base rounded where the dtype differs.
+    An entry may differ from the float64 result by half a unit in the last place of its dtype, plus float32's noise.
+    Tensors that no adapter touches must equal the base's bytes, or the base rounded where the dtype differs.
 
     Args:
         base, adapters, scale, allow_unmatched: as they were given to `merge`.
@@ -203,8 +203,9 @@ def _compare(
         return None
     row, column = np.unravel_index(int(off.argmax()), shape)
     return (
-        f"{output.name}, row {begin + int(row)}, column {int(column)}: found {got[row, column]:.9g}, the float64 result is "
-        f"{wanted[row, column]:.9g} ({worst:.3g} times the allowed difference; {int((off > 1).sum())} entries are off)"
+        f"{output.name}, row {begin + int(row)}, column {int(column)}: found {got[row, column]:.9g}, the float64 "
+        f"result is {wanted[row, column]:.9g} ({worst:.3g} times the allowed difference; "
+        f"{int((off > 1).sum())} entries are off)"
     )
 
 

@@ -1,8 +1,8 @@
 """LoRA: W' = W + s B A, with rsLoRA's scale, DoRA's magnitudes, a trained bias, KaSA and block-diagonal factors.
 
-Sources: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, section 4.1, arXiv:2106.09685; Kalajdzievski,
-Rank-Stabilized LoRA, 2023, arXiv:2312.03732; Liu et al., DoRA, 2024, section 4.1, arXiv:2402.09353; Wang et al., KaSA, 2024,
-arXiv:2412.06071.
+Sources: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, section 4.1, arXiv:2106.09685;
+Kalajdzievski, Rank-Stabilized LoRA, 2023, arXiv:2312.03732; Liu et al., DoRA, 2024, section 4.1, arXiv:2402.09353;
+Wang et al., KaSA, 2024, arXiv:2412.06071.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peftarray.errors import ConfigError, UnsupportedError
 from peftarray.layers import Kind, Layer, scale_outputs
 from peftarray.method import LowRank, Param
 from peftarray.random import Draw
-from peftarray.settings import Rule, boolean, mapping_of, names, number, one_of, optional, refused, setting, whole
+from peftarray.settings import Rule, boolean, mapping_of, name_list, number, one_of, optional, refused, setting, whole
 
 __all__ = ["LoraConfig", "changes_base"]
 
@@ -44,10 +44,10 @@ _init = Rule(
 class LoraConfig(LowRank):
     """Low-rank adaptation: `W' = W + s B A`, `s = lora_alpha / r` (`/ sqrt(r)` with rsLoRA).
 
-    Shapes: `A (r, fan_in)`, `B (out, r)`; convolutions store `A (r, in, *kernel)` and `B (out, r, 1, ...)`; embeddings are
-    linear maps `(dim, vocab)`. With `use_dora` the rows of the result are rescaled, `W' = m V / |V|`, `V = W + s B A`, with
-    `m (out,)` trained and the norm taken over each row. With `lora_bias`, `b' = b + s lora_B.bias`. The initial state is the
-    identity unless `init_lora_weights=False`.
+    Shapes: `A (r, fan_in)`, `B (out, r)`; convolutions store `A (r, in, *kernel)` and `B (out, r, 1, ...)`; embeddings
+    are linear maps `(dim, vocab)`. With `use_dora` the rows of the result are rescaled, `W' = m V / |V|`, `V = W + s B
+    A`, with `m (out,)` trained and the norm taken over each row. With `lora_bias`, `b' = b + s lora_B.bias`. The
+    initial state is the identity unless `init_lora_weights=False`.
 
     Attributes:
         r: the rank.
@@ -60,11 +60,12 @@ class LoraConfig(LowRank):
         rank_pattern, alpha_pattern: pattern of module names -> its `r`, `lora_alpha`.
         target_parameters: names of stacked parameters, such as fused experts.
         trainable_token_indices: rows of the embedding that are trained as they are.
-        use_bdlora: `{target_modules_bd_a, target_modules_bd_b, nblocks, match_strict}`: factors with `nblocks` diagonal blocks.
+        use_bdlora: `{target_modules_bd_a, target_modules_bd_b, nblocks, match_strict}`: factors with `nblocks`
+            diagonal blocks.
         kasa_config: drop the base's `r` smallest singular triples, and train a diagonal between the factors.
 
-    The fields of PEFT's class that are not named here have PEFT's meaning; those that change the result and are not supported
-    raise `UnsupportedError` when set.
+    The fields of PEFT's class that are not named here have PEFT's meaning; those that change the result and are not
+    supported raise `UnsupportedError` when set.
 
     Example:
         >>> LoraConfig(r=8, lora_alpha=16, use_rslora=True).scale == 16 / 8**0.5
@@ -89,7 +90,7 @@ class LoraConfig(LowRank):
     init_lora_weights: bool | str = setting(True, _init)
     rank_pattern: dict[str, int] | None = setting({}, optional(mapping_of(whole(1))))
     alpha_pattern: dict[str, float] | None = setting({}, optional(mapping_of(number())))
-    target_parameters: list[str] | None = setting(None, names)
+    target_parameters: list[str] | tuple[str, ...] | None = setting(None, name_list)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(None, _tokens)
     ensure_weight_tying: bool = setting(False, boolean)
     use_bdlora: Mapping[str, Any] | tuple[str, int] | None = None
@@ -223,9 +224,9 @@ class LoraConfig(LowRank):
         if not changes_base(self.init_lora_weights):
             return None
         return (
-            f"init_lora_weights is {self.init_lora_weights!r}, which changed the base's weights before training, and the file "
-            "does not hold them; save it converted (save_pretrained with path_initial_model_for_weight_conversion), or "
-            "merge with PEFT where it was trained"
+            f"init_lora_weights is {self.init_lora_weights!r}, which changed the base's weights before training, and "
+            "the file does not hold them; save it converted (save_pretrained with "
+            "path_initial_model_for_weight_conversion), or merge with PEFT where it was trained"
         )
 
     def stored_in_out(self) -> bool:
@@ -235,8 +236,7 @@ class LoraConfig(LowRank):
         return self.ensure_weight_tying
 
     def parameters_adapted(self) -> tuple[str, ...]:
-        wanted = self.target_parameters
-        return () if not wanted else (wanted,) if isinstance(wanted, str) else tuple(wanted)
+        return tuple(self.target_parameters or ())
 
     def token_rows(self, name: str, *, is_input: bool) -> tuple[int, ...]:
         rows = self.trainable_token_indices

@@ -1,7 +1,7 @@
 """Trainable tokens: some rows of an embedding are trained as they are, W'[indices] = rows.
 
-Source: the method has no paper; it is PEFT's `TrainableTokensConfig`, whose file stores whole rows (not differences) under
-the name `trainable_tokens_delta`.
+Source: the method has no paper; it is PEFT's `TrainableTokensConfig`, whose file stores whole rows (not differences)
+under the name `trainable_tokens_delta`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class TrainableTokensConfig(Transform):
         return {"trainable_tokens_delta": namespace(w).take(w, indices, axis=0)}
 
     def prepare(self, p: Params, layer: Layer) -> dict[str, Array]:
-        """`slot[i]` is the row of `rows` that stands in row i, and the last row of `rows`, zeros, where the base's stays."""
+        """`slot[i]` is the row of `rows` that stands in row i; the last, of zeros, where the base's stays."""
         rows = p["trainable_tokens_delta"]
         count = len(self.token_indices)
         if max(self.token_indices, default=0) >= layer.out or len(set(self.token_indices)) != count:

@@ -165,7 +165,7 @@ def _preferred(files: list[Path], name: str, folder: Path) -> Path:
 
 def _not_safetensors(path: Path) -> str:
     return (
-        f"{path} is not a safetensors file (pickles can run code and are never loaded); convert it where you trust it, with "
-        'torch: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "model.safetensors"), or load the model '
-        "and call save_pretrained(..., safe_serialization=True)"
+        f"{path} is not a safetensors file (pickles can run code and are never loaded); convert it where you trust it, "
+        'with torch: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "model.safetensors"), or load '
+        "the model and call save_pretrained(..., safe_serialization=True)"
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from peftarray.dtypes import StorageDType, storage_dtype
+from peftarray.dtypes import StorageDType, code_of, storage_dtype
 from peftarray.errors import FormatError, UnsupportedError
 from peftarray.stores.json_file import parse_json
 
@@ -78,8 +78,8 @@ class SafetensorsFile:
         data_begin: where the data start.
 
     Raises:
-        FormatError: truncated, a header longer than the file or than 100 MB, invalid JSON, duplicate names, offsets that
-            overlap or leave gaps, or sizes that do not follow from dtype and shape.
+        FormatError: truncated, a header longer than the file or than 100 MB, invalid JSON, duplicate names, offsets
+            that overlap or leave gaps, or sizes that do not follow from dtype and shape.
     """
 
     def __init__(self, path: Path) -> None:
@@ -176,11 +176,8 @@ class SafetensorsFile:
         Raises:
             FormatError: the file ended before the buffer was full, or the disk failed.
         """
-        view = (
-            memoryview(buffer).cast("B")
-            if not isinstance(buffer, np.ndarray)
-            else memoryview(buffer.view(np.uint8).reshape(-1))
-        )
+        # Arrays of ml_dtypes do not lend their memory; as bytes they do.
+        view = buffer if isinstance(buffer, memoryview) else buffer.reshape(-1).view(np.uint8).data
         done = 0
         try:
             while done < len(view):
@@ -241,7 +238,7 @@ def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metad
 
 def save_file(tensors: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write NumPy (and ml_dtypes) arrays to a new safetensors file, made durable and then named: never half a file."""
-    codes = {name: _code(array) for name, array in tensors.items()}
+    codes = {name: code_of(array.dtype) for name, array in tensors.items()}
     # Wide dtypes first, as the safetensors library orders them: every tensor stays aligned to its own size.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     head = header_bytes(
@@ -255,13 +252,3 @@ def save_file(tensors: Mapping[str, np.ndarray], path: Path, metadata: Mapping[s
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-
-
-def _code(array: np.ndarray) -> str:
-    from peftarray.dtypes import _DTYPES
-
-    for code, dtype in _DTYPES.items():
-        if dtype.numpy == array.dtype:
-            return code
-    message = f"an array of dtype {array.dtype} has no safetensors dtype; convert it first"
-    raise UnsupportedError(message)

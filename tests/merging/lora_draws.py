@@ -28,7 +28,9 @@ class Target:
 
     @property
     def suffix(self) -> str:
-        return self.name.rpartition(".")[2]
+        """The end of the name; with one word more where a bare number would name a whole block too."""
+        words = self.name.split(".")
+        return ".".join(words[-2:] if words[-1].isdigit() else words[-1:])
 
 
 def targets(model: torch.nn.Module) -> list[Target]:
@@ -87,9 +89,7 @@ def lora_settings(draw: st.DrawFn, base: Base) -> dict[str, Any]:
 @st.composite
 def _where(draw: st.DrawFn, base: Base, pool: list[Target], everything: bool) -> dict[str, Any]:
     names = st.lists(st.sampled_from([target.name for target in pool]), min_size=1, max_size=4, unique=True)
-    # A bare number would also name a whole block, which cannot be adapted.
-    ends = sorted({target.suffix for target in pool if not target.suffix.isdigit()})
-    suffixes = st.lists(st.sampled_from(ends), min_size=1, max_size=3, unique=True)
+    suffixes = st.lists(st.sampled_from(sorted({target.suffix for target in pool})), min_size=1, max_size=3, unique=True)
     way = draw(st.sampled_from(["suffixes", "names", "pattern", "all-linear"] if everything else ["suffixes", "names"]))
     found: dict[str, Any] = {}
     if way == "all-linear":
@@ -114,7 +114,7 @@ def _where(draw: st.DrawFn, base: Base, pool: list[Target], everything: bool) ->
 
 def _generalised(name: str) -> str:
     """A pattern for this module in every layer."""
-    return re.sub(r"\d+", r"\\d+", re.escape(name))
+    return re.sub(r"\d+(?=\\)", r"\\d+", re.escape(name))
 
 
 def _patterns(name: str) -> st.SearchStrategy[str]:

@@ -165,13 +165,16 @@ MODULES: dict[str, Callable[[], torch.nn.Module]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Base:
     """A checkpoint folder, and the model that was loaded from it."""
 
     name: str
     folder: Path
-    model: torch.nn.Module = field(repr=False)
+    model: torch.nn.Module
+
+    def __repr__(self) -> str:
+        return f"Base({self.name!r})"
 
     def fresh(self) -> torch.nn.Module:
         """A copy of the model, to be wrapped."""
