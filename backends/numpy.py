@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 
+from peftarray.errors import ConfigError
+
 __all__ = ["from_host", "to_host"]
 
 
 def from_host(array: np.ndarray, *, device: str | None = None) -> np.ndarray:
     """The array itself; there is no device but the host."""
     if device not in (None, "cpu"):
-        message = f"device is {device!r}; NumPy has 'cpu' alone"
-        raise ValueError(message)
+        message = f"device is {device!r}; NumPy has 'cpu' alone; choose another backend for a device"
+        raise ConfigError(message)
     return array
 
 

@@ -142,7 +142,7 @@ def encode(values: np.ndarray, dtype: StorageDType, out: np.ndarray | None = Non
     """Numbers rounded once, to nearest even, to the values that `dtype` can store.
 
     Beyond its largest number float8_e4m3 has no infinity; such values saturate, where float16 and bfloat16 overflow to
-    infinity (and the merge's report counts them). NumPy warns of overflow; silence it around many calls.
+    infinity (and the merge's report counts them).
 
     Args:
         values: a float32 or float64 array.
@@ -158,7 +158,8 @@ def encode(values: np.ndarray, dtype: StorageDType, out: np.ndarray | None = Non
         largest = float(ml_dtypes.finfo(dtype.numpy).max)
         values = np.where(np.isnan(values), values, np.clip(values, -largest, largest))
     result = np.empty(values.shape, dtype.numpy) if out is None else out
-    np.copyto(result, values, casting="unsafe")
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.copyto(result, values, casting="unsafe")
     return result
 
 

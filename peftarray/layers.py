@@ -98,8 +98,9 @@ def contract(x: Array, matrix: Array, layer: Layer) -> Array:
     """
     if layer.kind == "embedding":
         xp = namespace(matrix)
-        rows = xp.take(matrix.mT, xp.reshape(x, (-1,)), axis=0)
-        return xp.reshape(rows, (*x.shape, matrix.shape[0]))
+        table = matrix.mT if layer.transposed else matrix
+        rows = xp.take(table, xp.reshape(x, (-1,)), axis=0)
+        return xp.reshape(rows, (*x.shape, table.shape[1]))
     if layer.kind == "conv":
         return _convolve(x, matrix, layer)
     return x @ matrix.mT

@@ -7,6 +7,7 @@ test includes the type.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
@@ -47,7 +48,9 @@ def whole(minimum: int) -> Rule:
 def number(minimum: float = -math.inf) -> Rule:
     """Finite numbers from `minimum` on."""
     words = "a finite number" + ("" if minimum == -math.inf else f" of at least {minimum:g}")
-    return Rule(lambda value: type(value) in (int, float) and math.isfinite(value) and value >= minimum, words)
+    # Whole numbers of JSON have no bound; those beyond a float would overflow in the first formula.
+    least, most = max(minimum, -sys.float_info.max), sys.float_info.max
+    return Rule(lambda value: type(value) in (int, float) and least <= value <= most, words)
 
 
 def one_of(*values: object) -> Rule:

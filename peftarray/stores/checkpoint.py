@@ -52,10 +52,17 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """The checkpoint at a folder or a `.safetensors` file.
 
         Raises:
-            FormatError: nothing there, a shard is missing, or a file is damaged.
+            FormatError: nothing there, a shard is missing, a file is damaged, or may not be read.
             UnsupportedError: the weights are pickles, which are never loaded.
         """
-        path = Path(path)
+        try:
+            return cls._open(Path(path))
+        except OSError as error:
+            message = f"{path} cannot be read ({error.strerror}); check the path and its permissions"
+            raise FormatError(message) from None
+
+    @classmethod
+    def _open(cls, path: Path) -> Checkpoint:
         if path.is_file():
             if path.suffix != ".safetensors":
                 raise UnsupportedError(_not_safetensors(path))
@@ -63,11 +70,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
         if not path.is_dir():
             message = f"{path} does not exist; give a checkpoint folder or a .safetensors file"
             raise FormatError(message)
-        indexes = sorted(path.glob("*.safetensors.index.json"))
+        indexes = _files(path, "*.safetensors.index.json")
         if indexes:
             index = _preferred(indexes, "model.safetensors.index.json", path)
             return cls(path, _open_shards(path, index), index.name)
-        files = sorted(path.glob("*.safetensors"))
+        files = _files(path, "*.safetensors")
         if not files:
             pickles = sorted(p for p in path.iterdir() if p.suffix in _PICKLE)
             if pickles:
@@ -81,7 +88,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def config(self) -> dict[str, Any]:
         """What `config.json` says; empty where there is none, or where a single file was opened."""
         file = self.folder / "config.json"
-        return read_json(file) if self.path.is_dir() and file.exists() else {}
+        return read_json(file) if self.path.is_dir() and file.is_file() else {}
 
     def __getitem__(self, name: str) -> TensorInfo:
         try:
@@ -121,6 +128,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """Regular files alone: opening a pipe would wait for somebody to write into it."""
+    return sorted(file for file in folder.glob(pattern) if file.is_file())
 
 
 def _open_shards(folder: Path, index: Path) -> dict[str, SafetensorsFile]:

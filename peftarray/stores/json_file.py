@@ -17,7 +17,8 @@ def read_json(path: Path, limit: int = _LIMIT) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Raises:
-        FormatError: the file is missing, over `limit` bytes, not UTF-8 JSON, repeats a key, or is not an object.
+        FormatError: the file is missing, over `limit` bytes, not UTF-8 JSON, repeats a key, holds half a character, or
+            is not an object.
     """
     try:
         size = path.stat().st_size
@@ -46,6 +47,9 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
 
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        if b"\\u" in data:
+            # An escape may name half a surrogate pair, which no file can be written with.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         message = f"{where} is not valid JSON ({type(error).__name__}: {str(error)[:80]}); download or save it again"
         raise FormatError(message) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ def train(model: torch.nn.Module, seed: int = 1) -> None:
 
 def adapt(base: Base, config: peft.LoraConfig, folder: Path, model: torch.nn.Module | None = None, seed: int = 1) -> Any:
     """A live PEFT model on a base, with an adapter as if trained, which is saved to `folder`."""
+    # PEFT draws the first values from torch's global stream.
+    torch.manual_seed(seed)
     with quiet():
         live = peft.get_peft_model(model if model is not None else base.fresh(), config)
         train(live, seed)
@@ -53,20 +56,25 @@ def adapt(base: Base, config: peft.LoraConfig, folder: Path, model: torch.nn.Mod
 def store_in_half(base: Base, folder: Path, dtype: str) -> Any:
     """Rewrite an adapter's file in a half dtype; returns the PEFT model that is loaded from it."""
     file = folder / "adapter_model.safetensors"
-    save_file({name: tensor.to(HALVES[dtype]) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    tensors = {
+        name: tensor.to(HALVES[dtype]) if tensor.is_floating_point() else tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
     with quiet():
         return peft.PeftModel.from_pretrained(base.fresh(), folder).eval()
 
 
 def live_outputs(live: Any, base: Base) -> torch.Tensor:
+    """The outputs of an unmerged model, in float64."""
     with quiet():
-        return outputs(live, base.batch())
+        return outputs(copy.deepcopy(live).double(), base.batch())
 
 
 def loaded_outputs(base: Base, out: Path, model_class: Any = None, **settings: Any) -> torch.Tensor:
-    """The outputs of a merged folder, through the loader that a user would take."""
+    """The outputs of a merged folder in float64, through the loader that a user would take."""
     with quiet():
-        return outputs(base.load(out, model_class, **settings), base.batch())
+        return outputs(base.load(out, model_class, **settings).double(), base.batch())
 
 
 def merged_by_peft(live: Any, folder: Path) -> dict[str, torch.Tensor]:
@@ -123,10 +131,12 @@ def assert_same_weights(
                 assert same_bits(tensor, before[name]), f"{name} was not to be changed"
 
 
-def assert_same_outputs(ours: torch.Tensor, live: torch.Tensor, *, tolerance: float = 2e-5) -> None:
-    """Equal to float32's noise through a few layers."""
+def assert_same_outputs(ours: torch.Tensor, live: torch.Tensor, *, tolerance: float = 1e-5) -> None:
+    """Equal but for the rounding of the merged weights to float32, which grows through the layers."""
     assert ours.shape == live.shape
-    assert (ours - live).abs().max() <= tolerance * live.abs().max()
+    difference = (ours - live).abs().max() / live.abs().max()
+    open("/tmp/w/diffs","a").write(f"{difference}\n")
+    assert difference <= tolerance, f"the outputs are off by {difference:.3g}"
 
 
 def assert_config(base: Path, out: Path, **changes: Any) -> None:

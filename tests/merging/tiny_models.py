@@ -98,7 +98,7 @@ TINY: dict[str, Tiny] = {
         *("ResNetForImageClassification", "ResNetConfig", RESNET | {"num_labels": 3}),
         inputs="images",
         layers="layers",
-        save=("classifier", "embedder"),
+        save=("classifier", "normalization"),
     ),
     "qwen3-moe": Tiny("Qwen3MoeForCausalLM", "Qwen3MoeConfig", DECODER | EXPERTS, save=("norm", "lm_head")),
     "mixtral": Tiny("MixtralForCausalLM", "MixtralConfig", DECODER | EXPERTS, save=("norm", "lm_head")),
@@ -220,11 +220,12 @@ class Bases:
 
 def outputs(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """A model's numbers for a batch: its logits where it has a head."""
+    dtype = next(model.parameters()).dtype
     with torch.no_grad():
-        found = model.eval()(**batch)
+        found = model.eval()(**{key: x.to(dtype) if x.is_floating_point() else x for key, x in batch.items()})
     if isinstance(found, torch.Tensor):
-        return found.float()
-    return (found.logits if "logits" in found else found.last_hidden_state).float()
+        return found
+    return found.logits if "logits" in found else found.last_hidden_state
 
 
 def _build(name: str, folder: Path, sharded: bool, dtype: torch.dtype | None) -> Base:
