@@ -21,6 +21,8 @@ __all__ = [
     "nearest",
 ]
 
+_LONGEST = 4000
+
 
 class PeftError(Exception):
     """Base of every error that peftarray raises for bad input. `str(error)` is one line that says what to do."""
@@ -28,7 +30,10 @@ class PeftError(Exception):
     exit_status = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        text = " ".join(message.split())
+        # Names come from strangers' files: no control character of theirs reaches a terminal, and no line is endless.
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}")
 
 
 class ConfigError(PeftError):

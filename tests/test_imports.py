@@ -18,6 +18,7 @@ import pytest
 # Each part of the package, and the parts that it stands on: a part may import those and whatever they stand on.
 # `peftarray` is the package's own `__init__`. Parts that are not written yet have their place already.
 STANDS_ON = {
+    "allocation": "",
     "errors": "",
     "arrays": "errors",
     "dtypes": "errors",
@@ -43,10 +44,12 @@ STANDS_ON = {
     "merging": "formats",
     "inspection": "formats",
     "plots": "inspection",
+    "inspection": "formats",
+    "plots": "inspection",
     "testing": "formats",
     "peftarray": "autodiff inspection merging models testing training",
     "demo": "peftarray",
-    "cli": "demo plots",
+    "cli": "allocation demo plots",
     "__main__": "cli",
 }
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from peftarray.errors import FormatError, OutputError
 from peftarray.stores.json_file import read_json
 
-__all__ = ["JOURNAL", "Journal", "sync_folder"]
+__all__ = ["JOURNAL", "Journal", "read_journal", "sync_folder", "write_durably"]
 
 JOURNAL = ".peftarray-merge.json"
+_NEW = ".new"
 
 
 class Journal:
@@ -36,29 +38,29 @@ class Journal:
         self.fingerprint = fingerprint
         self.finished: dict[str, Any] = {}
         self._lock = -1
-        new = not folder.exists()
         folder.mkdir(exist_ok=True)
-        self._lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        # Not through a link: the folder is renamed in the end, and its files are overwritten.
+        self._lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"another process is writing {folder}; wait for it, or give another OUT"
-            raise OutputError(message) from None
-        if new or not any(folder.iterdir()):
-            self._write()
-        else:
-            self._resume()
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = f"another process is writing {folder}; wait for it, or give another OUT"
+                raise OutputError(message) from None
+            # A kill may leave a folder whose journal was about to be named.
+            if {file.name for file in folder.iterdir()} <= {JOURNAL + _NEW}:
+                self._write()
+            else:
+                self._resume()
+        except BaseException:
+            self.close()
+            raise
 
     def _resume(self) -> None:
-        try:
-            kept = read_json(self.folder / JOURNAL)
-        except FormatError:
-            kept = {}
-        if kept.get("fingerprint") != self.fingerprint:
-            message = (
-                f"{self.folder} holds the unfinished work of a merge with other inputs or options; finish that "
-                "one, or remove the folder"
-            )
+        kept = read_journal(self.folder)
+        if kept is None or kept["fingerprint"] != self.fingerprint:
+            what = "something other than an unfinished merge" if kept is None else "a merge with other inputs or options"
+            message = f"{self.folder} holds {what}; finish that one, remove the folder, or give another OUT"
             raise OutputError(message)
         self.finished = kept["finished"]
 
@@ -71,6 +73,10 @@ class Journal:
         text = json.dumps({"fingerprint": self.fingerprint, "finished": self.finished})
         write_durably(self.folder / JOURNAL, text.encode())
 
+    def discard(self) -> None:
+        """Remove the folder: what it holds can never be finished."""
+        shutil.rmtree(self.folder)
+
     def close(self) -> None:
         """Let go of the lock."""
         if self._lock >= 0:
@@ -78,9 +84,19 @@ class Journal:
             self._lock = -1
 
 
+def read_journal(folder: Path) -> dict[str, Any] | None:
+    """What the journal in a folder says: `fingerprint` and `finished`; None where there is none, or not a whole one."""
+    try:
+        kept = read_json(folder / JOURNAL)
+    except FormatError:
+        return None
+    sound = isinstance(kept.get("fingerprint"), str) and isinstance(kept.get("finished"), dict)
+    return kept if sound else None
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Write a file so that it is either the old one or the whole new one, also after a power cut."""
-    partial = path.with_name(path.name + ".new")
+    partial = path.with_name(path.name + _NEW)
     with partial.open("wb") as file:
         file.write(data)
         file.flush()
