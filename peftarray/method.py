@@ -201,6 +201,10 @@ class AdapterConfig(ABC):
 
     def at(self, name: str) -> Self:
         """This method for the module called `name`: patterns resolved, targets gone, hashable."""
+        return dataclasses.replace(self, **self.resolved(name))
+
+    def resolved(self, name: str) -> dict[str, Any]:
+        """The fields of `at(name)` that differ from this configuration's."""
         known = {item.name: item for item in dataclasses.fields(self)}
         changes: dict[str, Any] = {field: known[field].default for field in _ADDRESS if field in known}
         for pattern_field, target in self.patterns.items():
@@ -209,7 +213,7 @@ class AdapterConfig(ABC):
                 if patterns.match(rf"(.*\.)?({pattern})$", name, pattern_field):
                     changes[target] = value
                     break
-        return dataclasses.replace(self, **changes)
+        return changes
 
     def axes(self, layer: Layer) -> dict[str, str]:
         """name -> axes of every array that `weight` may see."""

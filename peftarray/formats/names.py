@@ -107,6 +107,8 @@ class BaseNames:
             MatchError: no key does, under any known prefix.
         """
         pool = list(keys)
+        if pool and all(self._fits(key, Alignment()) for key in pool):
+            return Alignment()
         candidates = [Alignment()]
         for prefix in filter(None, BASE_PREFIXES):
             if any(key.startswith(prefix) for key in pool):

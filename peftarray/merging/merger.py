@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
 
 from peftarray.dtypes import decode, parse_dtype, storage_dtype
-from peftarray.errors import ConfigError, NumberError, OutputError, QualityError
+from peftarray.errors import (
+    ConfigError,
+    FormatError,
+    MatchError,
+    NumberError,
+    OutputError,
+    QualityError,
+    UnsupportedError,
+)
 from peftarray.formats import peft
 from peftarray.formats.adapters import Adapters
 from peftarray.merging.execute import Progress, execute, planned_memory
-from peftarray.merging.journal import JOURNAL, Journal, sync_folder
+from peftarray.merging.journal import JOURNAL, Journal, read_journal, sync_folder
 from peftarray.merging.plan import Plan, make_plan
 from peftarray.merging.report import MergeReport
 from peftarray.merging.side_files import side_bytes, write_side_files
@@ -25,6 +36,7 @@ from peftarray.stores.checkpoint import Checkpoint
 __all__ = ["PathLike", "merge", "open_inputs", "parse_size"]
 
 PathLike = str | os.PathLike[str]
+_MOST_THREADS = 1024
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -70,52 +82,42 @@ def merge(
     """
     started = time.perf_counter()
     target = Path(out).absolute()
-    if threads is not None and threads < 1:
-        message = f"threads is {threads}; it must be at least 1"
+    workers = _workers(threads)
+    if fail_if_retained_below is not None and not 0 <= fail_if_retained_below <= 1:
+        message = f"fail_if_retained_below is {fail_if_retained_below}; it is a share, from 0 to 1"
         raise ConfigError(message)
-    workers = threads or len(os.sched_getaffinity(0))
-    source, pairs = open_inputs(base, adapters, scale, allow_unmatched=allow_unmatched)
-    finished = _check_place(target, [source.folder, *(Path(adapter.name) for adapter, _ in pairs)], dry_run=dry_run)
     size = parse_size(max_shard_size) if max_shard_size is not None else None
-    plan = make_plan(source, pairs, dtype=parse_dtype(dtype) if dtype else None, max_shard_size=size)
+    kind = parse_dtype(dtype) if dtype is not None else None
+    source, pairs = open_inputs(base, adapters, scale, allow_unmatched=allow_unmatched)
+    finished = _check_place(target, [source.path, *(Path(adapter.name) for adapter, _ in pairs)], dry_run=dry_run)
+    plan = make_plan(source, pairs, dtype=kind, max_shard_size=size)
     for adapter, _ in pairs:
         _check_numbers(adapter)
     report = _planned(plan, target, workers, dry_run=dry_run)
     if dry_run:
         return replace(report, seconds=time.perf_counter() - started)
-    partial = target.with_name(target.name + ".partial")
-    if finished:
-        _adopt(target, partial, plan)
-    _check_space(plan, target, partial)
-    try:
+    partial = _partial(target)
+    with _disk_errors(partial):
+        if finished:
+            _adopt(target, partial, plan)
+        _check_space(plan, target, partial)
         journal = Journal(partial, plan.fingerprint)
-    except OSError as error:
-        message = f"{partial} cannot be made ({error.strerror}); choose a place where you may write"
-        raise OutputError(message) from None
-    try:
-        resumed = len(journal.finished)
-        tensors = execute(plan, journal, threads=workers, progress=progress or (lambda count, name: None))
         try:
+            resumed = len(journal.finished)
+            # Methods prepare their arrays in this thread; what overflows is found in the result, and is an error there.
+            with np.errstate(all="ignore"):
+                tensors = execute(plan, journal, threads=workers, progress=progress or (lambda count, name: None))
             notes = write_side_files(plan, partial)
-        except OSError as error:
-            message = (
-                f"{partial} cannot be written ({error.strerror}); free space or check permissions, and run the "
-                "same command again"
-            )
-            raise OutputError(message) from None
-        report = replace(report, tensors=tensors, notes=(*report.notes, *notes), resumed=resumed)
-        if verify:
-            _verify(plan, partial)
-        _check_quality(report, fail_if_retained_below, partial)
-        sync_folder(partial)
-        if target.exists():
-            message = f"{target} came into being during the merge; the result is in {partial}: rename it yourself"
-            raise OutputError(message)
-        partial.rename(target)
-        sync_folder(target.parent)
-        (target / JOURNAL).unlink()
-    finally:
-        journal.close()
+            report = replace(report, tensors=tensors, notes=(*report.notes, *notes), resumed=resumed)
+            if verify:
+                _verify(plan, partial)
+            _check_quality(report, fail_if_retained_below, partial)
+            _give_name(partial, target)
+        except (ConfigError, MatchError, NumberError, UnsupportedError):
+            journal.discard()  # the same inputs would fail again
+            raise
+        finally:
+            journal.close()
     return replace(report, seconds=time.perf_counter() - started)
 
 
@@ -127,12 +129,22 @@ def open_inputs(
     if not paths:
         message = "no adapter was given; give at least one folder"
         raise ConfigError(message)
-    scales = [float(scale)] * len(paths) if isinstance(scale, (int, float)) else [float(value) for value in scale]
-    if len(scales) != len(paths) or not np.isfinite(scales).all():
-        message = f"scale is {scale} for {len(paths)} adapters; give one finite number, or one for each"
+    try:
+        scales = [float(value) for value in ([scale] * len(paths) if isinstance(scale, Real) else list(scale))]
+    except (TypeError, ValueError, OverflowError):
+        scales = []
+    if isinstance(scale, str) or len(scales) != len(paths) or not np.isfinite(scales).all():
+        message = f"scale is {scale!r} for {len(paths)} adapters; give one finite number, or one for each"
         raise ConfigError(message)
-    source = Checkpoint.open(Path(base))
-    found = [peft.read(Path(path), source, allow_unmatched=allow_unmatched) for path in paths]
+    try:
+        source = Checkpoint.open(Path(base))
+        if source.path.is_dir() and (source.path / JOURNAL).is_file():
+            message = f"{base} is the result of a merge that did not finish; run that merge again to finish it"
+            raise FormatError(message)
+        found = [peft.read(Path(path), source, allow_unmatched=allow_unmatched) for path in paths]
+    except OSError as error:
+        message = f"{error.filename} cannot be read ({error.strerror}); check the path and its permissions"
+        raise FormatError(message) from None
     return source, list(zip(found, scales, strict=True))
 
 
@@ -155,13 +167,43 @@ def parse_size(size: int | str) -> int:
         raise ConfigError(message) from None
 
 
+def _workers(threads: int | None) -> int:
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        message = f"threads is {threads}; it must be at least 1 and at most {_MOST_THREADS}"
+        raise ConfigError(message)
+    return threads or len(os.sched_getaffinity(0))
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(target.name + ".partial")
+
+
+@contextmanager
+def _disk_errors(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the place and its permissions"
+        message = f"{place} cannot be written ({error.strerror}); {what}, and run the same command again"
+        raise OutputError(message) from None
+
+
 def _check_place(target: Path, inputs: list[Path], *, dry_run: bool) -> bool:
     """Whether OUT is a finished merge that only lacks its last step; every other OUT that exists is refused."""
-    resolved = target.resolve()
-    for folder in inputs:
-        if resolved == folder.resolve() or folder.resolve() in resolved.parents:
-            message = f"OUT {target} is, or lies in, the input {folder}; give another folder"
-            raise OutputError(message)
+    try:
+        return _is_finished(target, inputs, dry_run=dry_run)
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a null character
+        message = f"OUT {target} cannot be a folder ({error}); give another name"
+        raise OutputError(message) from None
+
+
+def _is_finished(target: Path, inputs: list[Path], *, dry_run: bool) -> bool:
+    places = [target.resolve(), _partial(target).resolve()] if target.name else [target]
+    for path in inputs:
+        for place in places:
+            if place == path.resolve() or path.resolve() in place.parents:
+                message = f"OUT {target}: {place} is, or lies in, the input {path}; give another folder"
+                raise OutputError(message)
     if (target / JOURNAL).is_file():
         return True
     if target.exists() or target.is_symlink():
@@ -178,10 +220,23 @@ def _check_place(target: Path, inputs: list[Path], *, dry_run: bool) -> bool:
 
 def _adopt(target: Path, partial: Path, plan: Plan) -> None:
     """Take back a result that a kill caught between its renaming and its last step."""
-    if partial.exists():
-        message = f"OUT {target} exists, and so does {partial}; remove one of them"
+    kept = read_journal(target)
+    if kept is None or kept["fingerprint"] != plan.fingerprint or partial.exists():
+        message = f"OUT {target} exists, the result of another merge; give a new folder, or remove it first"
         raise OutputError(message)
+    Journal(target, plan.fingerprint).close()  # raises while another process takes the last step
     target.rename(partial)
+
+
+def _give_name(partial: Path, target: Path) -> None:
+    """The last step: from here on the result stands at OUT."""
+    sync_folder(partial)
+    if target.exists() or target.is_symlink():
+        message = f"{target} came into being during the merge; the result is in {partial}: rename it yourself"
+        raise OutputError(message)
+    partial.rename(target)
+    sync_folder(target.parent)
+    (target / JOURNAL).unlink()
 
 
 def _check_space(plan: Plan, target: Path, partial: Path) -> None:
@@ -200,9 +255,14 @@ def _check_space(plan: Plan, target: Path, partial: Path) -> None:
 def _check_numbers(adapter: Adapters) -> None:
     """Refuse NaN and infinity in any tensor that goes into the result, before anything is written."""
     unused = {*adapter.unused, *adapter.unmatched}
+    factors = {ref.name for site in adapter.sites for ref in site.params.values()}
     for name, info in adapter.tensors.items():
         dtype = storage_dtype(info.code)
-        if name in unused or dtype is None or not dtype.floating or not info.nbytes:
+        floating = dtype is not None and dtype.floating
+        if name in factors and not floating:
+            message = f"{adapter.name}: {name} is stored as {info.code}; a method's tensors must be floating numbers"
+            raise UnsupportedError(message)
+        if name in unused or dtype is None or not floating or not info.nbytes:
             continue
         rows = info.shape[0] if info.shape else 1
         step = max(1, (4 << 20) * rows // info.nbytes)

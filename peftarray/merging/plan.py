@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +154,7 @@ def make_plan(
     """
     contributions = _contributions(adapters)
     _refuse_untied_and_followed(adapters)
+    _refuse_scaled(base, contributions)
     items: list[_Item] = []
     by_shard: list[tuple[str, int]] = []
     for shard_name, shard in base.shards.items():
@@ -213,6 +214,23 @@ def _refuse_untied_and_followed(adapters: Sequence[tuple[Adapters, float]]) -> N
                 raise UnsupportedError(message)
 
 
+def _refuse_scaled(base: Checkpoint, changed: Iterable[str]) -> None:
+    """An 8-bit float beside a tensor of scales is not the weight: the product of the two is."""
+    for name in changed:
+        if name not in base or not base[name].code.startswith("F8"):
+            continue
+        module = name.rpartition(".")[0]
+        scales = (f"{name}_scale_inv", f"{name}_scale", f"{module}.scale_weight", f"{name}._scale")
+        found = next((other for other in scales if other in base), None)
+        if found is not None or "quantization_config" in base.config:
+            why = f"{found} scales it" if found else "config.json has a quantization_config"
+            message = (
+                f"{name} is stored as {base[name].code}, and {why}: the base is quantised; merge into the original "
+                "checkpoint, or dequantise it first"
+            )
+            raise UnsupportedError(message)
+
+
 # Code to write, file and tensor to start from, and what changes it; an item has its name before that.
 _Started = tuple[str, SafetensorsFile, TensorInfo, tuple[Contribution, ...]]
 _Item = tuple[str, str, SafetensorsFile, TensorInfo, tuple[Contribution, ...]]
@@ -229,6 +247,12 @@ def _start(
         if ref is None:
             continue
         other = contribution.adapters.tensors[ref.name]
+        brought = storage_dtype(other.code)
+        if floating != (brought is not None and brought.floating) or (not floating and other.code != info.code):
+            message = (
+                f"{name} is {info.code} in the base and {other.code} in {contribution.adapters.name}; they must agree"
+            )
+            raise MatchError(message)
         if other.shape != info.shape or not floating:
             if len(found) > 1 or contribution.weight != 1:
                 message = (
@@ -237,12 +261,6 @@ def _start(
                     "tensor"
                 )
                 raise UnsupportedError(message)
-            if not floating and other.code != info.code:
-                message = (
-                    f"{name} is {info.code} in the base and {other.code} in {contribution.adapters.name}; they "
-                    "must agree"
-                )
-                raise MatchError(message)
             rest = Contribution(contribution.adapters, 1.0, None, contribution.parts, contribution.biases)
             kept = (rest,) if rest.parts or rest.biases else ()
             file = contribution.adapters.tensors.shard_of(ref.name)
@@ -357,7 +375,7 @@ def _columns(name: str, info: TensorInfo, contributions: tuple[Contribution, ...
 
 
 def _segments(info: TensorInfo, columns: int, contributions: tuple[Contribution, ...]) -> tuple[Segment, ...]:
-    if not contributions:
+    if not contributions or not info.nbytes:
         return ()
     rows = matrix_rows(info.shape, columns)
     edges = {0, rows}

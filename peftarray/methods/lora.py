@@ -129,15 +129,14 @@ class LoraConfig(LowRank):
     def tiles(self) -> str:
         return "out" if self.use_dora else "out in"
 
-    def at(self, name: str) -> LoraConfig:
-        method = super().at(name)
+    def resolved(self, name: str) -> dict[str, Any]:
         configs = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config")
-        changes: dict[str, Any] = dict.fromkeys(configs)
+        changes: dict[str, Any] = super().resolved(name) | dict.fromkeys(configs)
         changes["kasa_config"] = bool(self.kasa_config) or None
         changes["use_bdlora"] = (
             _block_side(self.use_bdlora, name) if isinstance(self.use_bdlora, Mapping) else self.use_bdlora
         )
-        return replace(method, **changes)
+        return changes
 
     def params(self, layer: Layer) -> dict[str, Param]:
         ones = tuple(1 for _ in layer.kernel)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peftarray.arrays import Array, Params, device, integers, namespace
 from peftarray.errors import ConfigError, ShapeError
@@ -44,11 +44,9 @@ class TrainableTokensConfig(Transform):
     def tiles(self) -> str:
         return "out in"
 
-    def at(self, name: str) -> TrainableTokensConfig:
+    def resolved(self, name: str) -> dict[str, Any]:
         # A tuple, so that the method is hashable.
-        method = super().at(name)
-        object.__setattr__(method, "token_indices", tuple(self.token_indices))
-        return method
+        return super().resolved(name) | {"token_indices": tuple(self.token_indices)}
 
     def params(self, layer: Layer) -> dict[str, Param]:
         return {"trainable_tokens_delta": Param("n in", (len(self.token_indices), layer.fan_in))}
