@@ -59,6 +59,6 @@ def _bar(title: str, total: Callable[[], int]) -> Iterator[Callable[[int, str], 
         task = progress.add_task(title, total=None)
 
         def advance(count: int, name: str) -> None:
-            progress.update(task, advance=count, total=total(), description=f"{title} {name[-40:]}")
+            progress.update(task, advance=count, total=total(), description=f"{title} {name[-40:]:<40}")
 
         yield advance

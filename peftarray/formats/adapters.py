@@ -18,7 +18,7 @@ from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
 from peftarray.stores.checkpoint import Checkpoint
 
-__all__ = ["Adapters", "Piece", "Ref", "Site"]
+__all__ = ["Adapters", "Piece", "Ref", "Site", "matrix_rows"]
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,6 @@ class Adapters:
     unused: tuple[str, ...] = ()
     unmatched: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-
-    @property
-    def rank(self) -> int:
-        """The largest rank among its sites' arrays, 0 where there is none."""
-        lengths = [min(ref.shape(self.tensors), default=0) for site in self.sites for ref in site.params.values()]
-        return max(lengths, default=0)
 
 
 def matrix_rows(shape: tuple[int, ...], columns: int) -> int:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -129,11 +130,12 @@ def open_inputs(
     if not paths:
         message = "no adapter was given; give at least one folder"
         raise ConfigError(message)
+    given: Any = scale  # whatever a caller passed
     try:
-        scales = [float(value) for value in ([scale] * len(paths) if isinstance(scale, Real) else list(scale))]
+        scales = [float(value) for value in ([given] * len(paths) if isinstance(given, Real) else list(given))]
     except (TypeError, ValueError, OverflowError):
         scales = []
-    if isinstance(scale, str) or len(scales) != len(paths) or not np.isfinite(scales).all():
+    if isinstance(given, str) or len(scales) != len(paths) or not np.isfinite(scales).all():
         message = f"scale is {scale!r} for {len(paths)} adapters; give one finite number, or one for each"
         raise ConfigError(message)
     try:

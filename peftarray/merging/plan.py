@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -167,13 +168,17 @@ def make_plan(
         groups = _as_in_base(items, by_shard)
     else:
         groups = _packed(items, max_shard_size)
-    metadata = {name: shard.metadata for name, shard in base.shards.items()}
-    default = next(iter(metadata.values()), {}) or {"format": "pt"}
-    shards = tuple(_shard(name, group, metadata.get(name) or default) for name, group in groups)
+    headers = {name: shard.metadata for name, shard in base.shards.items()}
+    default = next(iter(headers.values()), {}) or {"format": "pt"}
+    shards = tuple(_shard(name, group, headers.get(name) or default) for name, group in groups)
     index = None
     if len(shards) > 1 or base.index_name is not None:
+        outputs = [output for shard in shards for output in shard.outputs]
+        metadata = dict(base.index_metadata) | {"total_size": sum(output.nbytes for output in outputs)}
+        if "total_parameters" in metadata:
+            metadata["total_parameters"] = sum(math.prod(output.shape) for output in outputs)
         index = {
-            "metadata": {"total_size": sum(output.nbytes for shard in shards for output in shard.outputs)},
+            "metadata": metadata,
             "weight_map": dict(sorted((output.name, shard.name) for shard in shards for output in shard.outputs)),
         }
     fingerprint = _fingerprint(base, adapters, dtype, max_shard_size)

@@ -90,6 +90,14 @@ class Checkpoint(Mapping[str, TensorInfo]):
         file = self.folder / "config.json"
         return read_json(file) if self.path.is_dir() and file.is_file() else {}
 
+    @cached_property
+    def index_metadata(self) -> dict[str, Any]:
+        """What the index says beside the places of the tensors; empty where there is no index."""
+        if self.index_name is None:
+            return {}
+        found = read_json(self.folder / self.index_name).get("metadata")
+        return found if isinstance(found, dict) else {}
+
     def __getitem__(self, name: str) -> TensorInfo:
         try:
             return self._where[name][1]
