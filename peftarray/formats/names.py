@@ -27,6 +27,19 @@ __all__ = ["Alignment", "BaseNames", "Split"]
 # Words that PEFT's wrappers put into a path, and that no file of a base has.
 _WRAPPERS = frozenset({"base_layer", "ln_tuning_layers"})
 _LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+# Classes whose output embedding may be tied. Tied, it is in no file; where it is not called `lm_head`, and leaves no bias
+# behind either, only the architecture tells its name.
+_HEAD_CLASSES = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel", "ForConditionalGeneration", "ForSpeechToText")
+_HEADS = {
+    **dict.fromkeys(("ctrl", "funnel"), "lm_head"),
+    **dict.fromkeys(("whisper", "moonshine", "moonshine_streaming", "canary"), "proj_out"),
+    **dict.fromkeys(("biogpt", "trocr"), "output_projection"),
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), "language_model.lm_head"),
+    **dict.fromkeys(("kosmos-2", "kosmos-2.5"), "text_model.lm_head"),
+    **dict.fromkeys(("t5gemma", "t5gemma2"), "lm_head.out_proj"),
+    "gpt_neox_japanese": "embed_out",
+    "speecht5": "text_decoder_postnet.lm_head",
+}
 
 
 @dataclass(frozen=True)
@@ -194,24 +207,63 @@ class BaseNames:
                 return min(found, key=lambda module: (module.count("."), module))
         return None
 
-    def head_in(self, key: str) -> str | None:
-        """The module path of an output embedding that begins `key` and that the file lacks, None if there is none."""
+    def missing_head(self) -> str | None:
+        """The module path of an output embedding whose weight the file lacks, None where there is none.
+
+        Its bias, or other tensors of the same head, betray it; of a head without, only the class is known.
+        """
+        if self.output_embedding() is not None:
+            return None
+        classes = self.base.config.get("architectures")
+        has_head = isinstance(classes, list) and any(str(name).endswith(_HEAD_CLASSES) for name in classes)
+        known = _HEADS.get(self.model_type or "")
+        if known is not None:
+            return known if has_head or known in self.modules else None
+        without = sorted(module for module in self.modules if f"{module}.weight" not in self.places)
         for name in output_embedding_names(self.model_type):
+            parent, _, last = name.rpartition(".")
+            for module in without:
+                if ends_with(module, [name]) and f"{module}.bias" in self.places:
+                    return module
+                if parent and ends_with(module, [parent]):
+                    return f"{module}.{last}"
+        return "lm_head" if has_head else None
+
+    def head_in(self, key: str, module: str | None) -> str | None:
+        """The module path of an output embedding that begins `key` and that the file lacks, None if there is none.
+
+        Args:
+            key: a key of the adapter.
+            module: the module of the base that begins it, None where none does.
+        """
+        known = self.missing_head()
+        for name in [known] if known else output_embedding_names(self.model_type) if module is None else []:
             head, found, _ = f".{key}".partition(f".{name}.")
             path = f"{head}.{name}"[1:]
-            if found and f"{path}.weight" not in self.places:
+            if found and f"{path}.weight" not in self.places and len(path) >= len(module or ""):
                 return path
         return None
 
+    def says_tied(self) -> bool | None:
+        """Whether `config.json` says that the output embedding is the input embedding; None where it is silent."""
+        inner = self.base.config.get("text_config")
+        default = inner.get("tie_word_embeddings") if isinstance(inner, dict) else None
+        said = self.base.config.get("tie_word_embeddings", default)
+        return said if isinstance(said, bool) else None
+
     def may_be_tied(self) -> bool:
         """Whether a head that the file lacks may be the input embedding."""
-        return self.input_embedding() is not None and self.base.config.get("tie_word_embeddings") is not False
+        return self.input_embedding() is not None and self.says_tied() is not False
 
     def untie(self, head: str) -> None:
-        """Let a head that the file lacks be addressed: a new tensor that starts as the embedding's."""
-        tensor = f"{head}.weight"
-        self.untied[tensor] = self.places[f"{self.input_embedding()}.weight"][0].disk
-        self.places[tensor] = (Place(tensor),)
+        """Let a head that the file lacks be addressed: new tensors, which start as those that they were tied to."""
+        embedding = f"{self.input_embedding()}.weight"
+        # Masked language models have a bias beside the output embedding, and tie the embedding's own bias to it.
+        ties = {f"{head}.weight": embedding, f"{head}.bias": f"{head.rpartition('.')[0]}.bias"}
+        for tensor, source in ties.items():
+            if tensor not in self.places and source in self.places and self.shape(source)[0] == self.shape(embedding)[0]:
+                self.untied[tensor] = self.places[source][0].disk
+                self.places[tensor] = (Place(tensor),)
         self.modules.add(head)
         self._paths |= _prefixes(head)
 

@@ -117,7 +117,7 @@ def _sort(keys: dict[str, str], config: AdapterConfig, names: BaseNames, alignme
             continue
         aligned = alignment.to_base(path)
         split = names.split(aligned)
-        head = names.head_in(path) if split is None else None
+        head = names.head_in(path, split and split.module)
         if head is not None and names.may_be_tied():
             names.untie(head)
             split = names.split(path)

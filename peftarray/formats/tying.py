@@ -10,15 +10,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from peftarray.errors import MatchError
 from peftarray.formats.adapters import Adapters, Ref, Site
 from peftarray.formats.names import BaseNames
 from peftarray.methods import TrainableTokensConfig
 from peftarray.stores.checkpoint import Checkpoint
 
 __all__ = ["settle_ties"]
-
-_HEAD_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def settle_ties(adapters: Adapters, names: BaseNames) -> Adapters:
@@ -42,10 +39,10 @@ def settle_ties(adapters: Adapters, names: BaseNames) -> Adapters:
             notes.append(f"vocabulary resized from {names.shape(weight)[0]} to {changes['vocab_size']} rows")
         head = _tied_head(names)
         if head is not None:
-            adapters, unties = _settle(adapters, names, weight, head, resized)
+            adapters, unties = _settle(adapters, names, embedding, head, resized)
             if unties:
                 changes["tie_word_embeddings"] = False
-                notes.append(f"untied: {head} no longer equals {weight}, and config.json says so")
+                notes.append(f"untied: {head}.weight no longer equals {weight}, and config.json says so")
     notes += [f"new tensor {name}" for name in adapters.replace if name not in names.places]
     on_disk = {
         names.places[name][0].disk if name in names.places else name: ref for name, ref in adapters.replace.items()
@@ -53,71 +50,76 @@ def settle_ties(adapters: Adapters, names: BaseNames) -> Adapters:
     return dataclasses.replace(adapters, replace=on_disk, config_changes=changes, notes=tuple(notes))
 
 
-def _settle(adapters: Adapters, names: BaseNames, weight: str, head: str, resized: bool) -> tuple[Adapters, bool]:
-    """What happens to a tied head, and whether it is untied."""
+def _settle(adapters: Adapters, names: BaseNames, embedding: str, head: str, resized: bool) -> tuple[Adapters, bool]:
+    """What happens to the module of a tied head, and whether it is untied."""
+    weight, tied, bias = f"{embedding}.weight", f"{head}.weight", f"{head}.bias"
     disk = names.places[weight][0].disk
+    there = names.places[tied][0].disk if tied in names.places else tied
     of_embedding = [site for site in adapters.sites if site.pieces[0].tensor == disk]
-    of_head = [site for site in adapters.sites if site.pieces[0].tensor == head]
+    of_head = [site for site in adapters.sites if site.pieces[0].tensor == there]
     replace, unused = dict(adapters.replace), list(adapters.unused)
     others = [site for site in adapters.sites if site not in of_head]
-    mirrored = _mirrors(adapters, of_head, of_embedding)
-    if mirrored:
+    if _mirrors(adapters, of_head, of_embedding):
         unused += [ref.name for site in of_head for ref in site.params.values()]
-        of_head = []
-    rows_only = all(site.method.peft_type == TrainableTokensConfig.peft_type for site in of_embedding)
-    same = _same_values(replace.get(weight), replace.get(head), adapters.tensors)
-    follows = (
-        not of_head
-        and (mirrored or rows_only)
-        and (same or (head not in replace and (weight not in replace or resized)))
-    )
+        of_head, follows = [], True
+    else:
+        follows = not of_head and all(_replaces_rows(site) for site in of_embedding)
+    same = _same_values(replace.get(weight), replace.get(tied), adapters.tensors)
+    follows = follows and (same or (tied not in replace and (weight not in replace or resized)))
+    beside = names.untied.get(bias)
+    if follows and beside is not None and bias in replace:
+        follows = _same_values(replace[bias], replace.get(beside, replace[bias]), adapters.tensors)
     if not follows:
-        untied = {head: disk} if head not in names.base and head not in replace else {}
-        return dataclasses.replace(adapters, untied=untied), True
-    sites = others
+        if there not in names.base:
+            names.untie(head)
+            if bias in names.untied and names.untied[bias] in replace:
+                replace.setdefault(bias, replace[names.untied[bias]])
+        untied = {name: source for name, source in names.untied.items() if name not in replace}
+        # Rows that are trained as tokens are so in the head too, below what it has of its own.
+        rows = [_onto(site, there) for site in of_embedding if _replaces_rows(site) and tied not in replace]
+        sites = (*others, *rows, *of_head)
+        return dataclasses.replace(adapters, sites=sites, replace=replace, untied=untied, unused=tuple(unused)), True
+    if beside is not None and bias in replace:
+        ref = replace.pop(bias)
+        unused += [ref.name] if replace.setdefault(beside, ref) != ref else []
+    sites = tuple(others)
     if same:
-        unused.append(replace.pop(head).name)
-    if head in names.base:
+        unused.append(replace.pop(tied).name)
+    if there in names.base:
         # The file holds both tensors, so what happens to the one must happen to the other.
-        sites = [*others, *(_onto(site, head) for site in of_embedding)]
+        sites = (*others, *(_onto(site, there) for site in of_embedding))
         if weight in replace:
-            replace[head] = replace[weight]
-    return dataclasses.replace(adapters, sites=tuple(sites), replace=replace, unused=tuple(unused)), False
+            replace[tied] = replace[weight]
+    return dataclasses.replace(adapters, sites=sites, replace=replace, unused=tuple(unused)), False
 
 
 def _tied_head(names: BaseNames) -> str | None:
-    """The tensor of a head that is tied to the input embedding, on disk or not; None where none is."""
+    """The module of a head that is tied to the input embedding, on disk or not; None where none is."""
     if names.untied:
-        return next(iter(names.untied))
+        return next(iter(names.untied)).rpartition(".")[0]
     stored = names.output_embedding()
-    said = _says_tied(names.base.config)
     if stored is not None:
-        return names.places[f"{stored}.weight"][0].disk if said else None
-    architectures = names.base.config.get("architectures")
-    has_head = isinstance(architectures, list) and any(str(name).endswith(_HEAD_CLASSES) for name in architectures)
-    return "lm_head.weight" if has_head and said is not False else None
+        return stored if names.says_tied() else None
+    return names.missing_head() if names.may_be_tied() else None
 
 
-def _says_tied(config: dict[str, Any]) -> bool | None:
-    inner = config.get("text_config")
-    said = config.get("tie_word_embeddings", inner.get("tie_word_embeddings") if isinstance(inner, dict) else None)
-    return said if isinstance(said, bool) else None
+def _replaces_rows(site: Site) -> bool:
+    return site.method.peft_type == TrainableTokensConfig.peft_type
 
 
 def _mirrors(adapters: Adapters, of_head: list[Site], of_embedding: list[Site]) -> bool:
     """Whether the head's factors are the embedding's, transposed, which PEFT writes where it keeps the two tied."""
     if not (len(of_head) == len(of_embedding) == 1 and adapters.config.keeps_tied()):
         return False
-    head, embedding, tensors = of_head[0].params, of_embedding[0].params, adapters.tensors
-    for mine, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
-        a, b = tensors.read(head[mine].name), tensors.read(embedding[other].name)
-        if a.shape != b.shape[::-1] or (a != b.T).any():
-            message = (
-                f"{adapters.name}: ensure_weight_tying is set, and the factors of head and embedding differ; save "
-                "the adapter again"
-            )
-            raise MatchError(message)
-    return True
+    head, embedding = of_head[0].params, of_embedding[0].params
+    pairs = [(head.get(mine), embedding.get(other)) for mine, other in (("lora_A", "lora_B"), ("lora_B", "lora_A"))]
+    return all(_transposed(a, b, adapters.tensors) for a, b in pairs)
+
+
+def _transposed(a: Ref | None, b: Ref | None, tensors: Checkpoint) -> bool:
+    if a is None or b is None or a.shape(tensors) != b.shape(tensors)[::-1]:
+        return False
+    return bool((tensors.read(a.name) == tensors.read(b.name).T).all())
 
 
 def _same_values(a: Ref | None, b: Ref | None, tensors: Checkpoint) -> bool:

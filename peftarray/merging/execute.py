@@ -28,10 +28,9 @@ __all__ = ["Progress", "execute", "planned_memory"]
 Progress = Callable[[int, str], None]
 """Called with bytes done since the last call, and the name of what they belong to."""
 
-_TILE = 1 << 16
-"""Entries a tile: a quarter of a megabyte of float32, which stays in a core's cache with its update beside it."""
-_READ = 1 << 18
-"""Entries read and written at once."""
+_TILE = 1 << 19
+"""Entries a tile: 2 MB of float32. Smaller ones fit a core's own cache, but then threads wait for each other: NumPy
+takes the interpreter's lock again after every operation, and one on a large tile is long enough to hide that."""
 _TASK = 1 << 23
 """Bytes of output a task."""
 _EXACT, _SAMPLE = 1 << 20, 4
@@ -251,22 +250,17 @@ def _merge_rows(
     # Of a large tensor one tile in four that the update reaches is measured, the first of each task among them.
     often = _SAMPLE if math.prod(output.shape) > _EXACT else 1
     reached = 0
-    ahead = max(1, _READ // max(1, output.columns * step)) * step
-    for first in range(begin, end, ahead):
-        rows = min(ahead, end - first)
-        shape = (rows, output.columns)
+    for first in range(begin, end, step):
+        shape = (min(step, end - first), output.columns)
         stored = scratch.array("stored", shape, output.info.dtype.numpy)
         output.source.read_into(stored, output.info.begin + first * output.columns * stored.dtype.itemsize)
         rounded = scratch.array("rounded", shape, output.dtype.numpy)
-        for at in range(0, rows, step):
-            tile = slice(at, min(at + step, rows))
-            if merger is None:
-                _convert(output, stored[tile], rounded[tile], scratch)
-            else:
-                measure = reached % often == 0
-                sums = merger.merge(stored[tile], first + at, rounded[tile], scratch, measure=measure)
-                reached += sums.update != 0
-                total.add(sums)
+        if merger is None:
+            _convert(output, stored, rounded, scratch)
+        else:
+            sums = merger.merge(stored, first, rounded, scratch, measure=reached % often == 0)
+            reached += sums.update != 0
+            total.add(sums)
         data = memoryview(rounded.reshape(-1).view("u1"))
         _write_all(target.descriptor, data, output.begin + first * width, target.path)
     if merger is not None and merger.segment.contributions:

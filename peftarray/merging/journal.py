@@ -59,7 +59,7 @@ class Journal:
     def _resume(self) -> None:
         kept = read_journal(self.folder)
         if kept is None or kept["fingerprint"] != self.fingerprint:
-            what = "something other than an unfinished merge" if kept is None else "a merge with other inputs or options"
+            what = "a merge with other inputs or options" if kept else "something other than an unfinished merge"
             message = f"{self.folder} holds {what}; finish that one, remove the folder, or give another OUT"
             raise OutputError(message)
         self.finished = kept["finished"]

@@ -195,7 +195,8 @@ def _check_place(target: Path, inputs: list[Path], *, dry_run: bool) -> bool:
     try:
         return _is_finished(target, inputs, dry_run=dry_run)
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a null character
-        message = f"OUT {target} cannot be a folder ({error}); give another name"
+        why = getattr(error, "strerror", None) or error
+        message = f"OUT {str(target)[:200]} cannot be a folder ({why}); give another name"
         raise OutputError(message) from None
 
 
