@@ -14,7 +14,7 @@ import numpy as np
 
 from peftarray.errors import ConfigError, UnsupportedError
 
-__all__ = ["FLOATS", "StorageDType", "code_of", "decode", "encode", "parse_dtype", "storage_dtype"]
+__all__ = ["FLOATS", "StorageDType", "code_of", "decode", "dtype_name", "encode", "parse_dtype", "storage_dtype"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,17 @@ def code_of(dtype: np.dtype) -> str:
             return code
     message = f"an array of dtype {dtype} has no safetensors dtype; convert it first"
     raise UnsupportedError(message)
+
+
+def dtype_name(code: str) -> str:
+    """What people call a dtype: `bfloat16` for `BF16`; the code itself where there is no other name.
+
+    Example:
+        >>> dtype_name("BF16"), dtype_name("F4")
+        ('bfloat16', 'F4')
+    """
+    known = _DTYPES.get(code)
+    return code if known is None or known.numpy is None else str(known.numpy)
 
 
 def parse_dtype(name: str) -> StorageDType:

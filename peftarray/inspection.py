@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from peftarray.dtypes import storage_dtype
+from peftarray.dtypes import dtype_name
 from peftarray.errors import MatchError
 from peftarray.formats.peft import open_weights
 from peftarray.formats.peft_config import read_config
@@ -168,17 +168,12 @@ def _summary(
         tensors=len(infos),
         parameters=sum(math.prod(info.shape) for info in infos),
         nbytes=sum(info.nbytes for info in infos),
-        dtypes=dict(Counter(_dtype_name(info.code) for info in infos)),
+        dtypes=dict(Counter(dtype_name(info.code) for info in infos)),
         facts=facts,
         modules=modules,
         replaced=replaced,
         largest={info.name: info.shape for info in largest},
     )
-
-
-def _dtype_name(code: str) -> str:
-    dtype = storage_dtype(code)
-    return str(dtype.numpy) if dtype is not None and dtype.numpy is not None else code
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

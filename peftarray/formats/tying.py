@@ -111,15 +111,16 @@ def _mirrors(adapters: Adapters, of_head: list[Site], of_embedding: list[Site]) 
     """Whether the head's factors are the embedding's, transposed, which PEFT writes where it keeps the two tied."""
     if not (len(of_head) == len(of_embedding) == 1 and adapters.config.keeps_tied()):
         return False
-    head, embedding = of_head[0].params, of_embedding[0].params
-    pairs = [(head.get(mine), embedding.get(other)) for mine, other in (("lora_A", "lora_B"), ("lora_B", "lora_A"))]
-    return all(_transposed(a, b, adapters.tensors) for a, b in pairs)
+    head, embedding, tensors = of_head[0].params, of_embedding[0].params, adapters.tensors
+    if head.keys() != {"lora_A", "lora_B"} or embedding.keys() != head.keys():
+        return False  # a magnitude is an output's, and the outputs of the two are not the same
+    return all(_transposed(head[a], embedding[b], tensors) for a, b in (("lora_A", "lora_B"), ("lora_B", "lora_A")))
 
 
-def _transposed(a: Ref | None, b: Ref | None, tensors: Checkpoint) -> bool:
-    if a is None or b is None or a.shape(tensors) != b.shape(tensors)[::-1]:
-        return False
-    return bool((tensors.read(a.name) == tensors.read(b.name).T).all())
+def _transposed(a: Ref, b: Ref, tensors: Checkpoint) -> bool:
+    return a.shape(tensors) == b.shape(tensors)[::-1] and bool(
+        (tensors.read(a.name) == tensors.read(b.name).T).all()
+    )
 
 
 def _same_values(a: Ref | None, b: Ref | None, tensors: Checkpoint) -> bool:

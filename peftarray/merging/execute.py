@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from peftarray.dtypes import decode, encode
+from peftarray.dtypes import decode, dtype_name, encode
 from peftarray.errors import OutputError
 from peftarray.merging.journal import Journal
 from peftarray.merging.plan import Output, Plan, Segment, Shard
@@ -91,7 +91,7 @@ def execute(plan: Plan, journal: Journal, *, threads: int, progress: Progress) -
         for sync in syncs:
             sync.result()
     return tuple(
-        TensorReport(name, values["dtype"], sums_from_dict(values["sums"]))
+        TensorReport(name, dtype_name(values["dtype"]), sums_from_dict(values["sums"]))
         for shard in plan.shards
         for name, values in journal.finished[shard.name].items()
     )
