@@ -7,10 +7,10 @@ frozen NumPy factor beneath a traced array ends up in the namespace that can tra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device, is_torch_array
 
 from peftarray.errors import PeftError
 
@@ -48,7 +48,7 @@ def namespace(*arrays: Array) -> Any:
         if found is None:
             # NumPy scalars and memory maps are NumPy's too.
             is_numpy = isinstance(array, (np.ndarray, np.generic))
-            found = (0, np) if is_numpy else (_rank(array), array_namespace(array))
+            found = (0, np) if is_numpy else (_rank(array), _shim().array_namespace(array))
             _NAMESPACES[type(array)] = found
         rank, xp = found
         if rank > best_rank:
@@ -60,6 +60,18 @@ def namespace(*arrays: Array) -> Any:
         message = "a formula got no array; give at least one"
         raise PeftError(message)
     return best
+
+
+def device(array: Array) -> Any:
+    """Where an array lies, as its library says it."""
+    return "cpu" if isinstance(array, np.ndarray) else _shim().device(array)
+
+
+def _shim() -> ModuleType:
+    """array-api-compat, imported by the first array that is not NumPy's."""
+    import array_api_compat
+
+    return array_api_compat
 
 
 def _rank(array: Array) -> int:
@@ -102,7 +114,7 @@ def to_host(array: Array) -> np.ndarray:
     """A NumPy array with the values of `array`: the one place where a copy from a device to the host is made."""
     if isinstance(array, np.ndarray):
         return array
-    if is_torch_array(array):
+    if _shim().is_torch_array(array):
         return array.detach().cpu().numpy()
     if hasattr(array, "get"):  # CuPy refuses implicit conversion, by design
         return array.get()

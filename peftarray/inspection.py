@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from peftarray.dtypes import dtype_name
-from peftarray.errors import MatchError
+from peftarray.errors import MatchError, ShapeError
 from peftarray.formats.peft import open_weights
 from peftarray.formats.peft_config import read_config
 from peftarray.layers import Layer
@@ -119,6 +119,9 @@ def _adapter(folder: Path) -> Inspection:
 
 def _module(name: str, group: dict[str, str], config: AdapterConfig, tensors: Checkpoint) -> AdaptedModule:
     raw = {local: tensors.read(key) for local, key in group.items()}
+    if min(raw["lora_A"].ndim, raw["lora_B"].ndim) < 2:
+        message = f"{name}: lora_A is {raw['lora_A'].shape} and lora_B {raw['lora_B'].shape}; both must be matrices"
+        raise ShapeError(message)
     rank, up_rows = raw["lora_A"].shape[0], raw["lora_B"].shape[0]
     method = config.at(name)
     kernel = raw["lora_A"].shape[2:]
@@ -126,10 +129,14 @@ def _module(name: str, group: dict[str, str], config: AdapterConfig, tensors: Ch
     if not _is_plain(method, raw, layer) or any(not param.stored for param in method.params(layer).values()):
         # The update needs the base's weight, or holds many experts: its spectrum does not follow from these factors.
         return AdaptedModule(name, rank, method.scale, math.nan, ())
-    factors = method.prepare(raw, layer)
-    # The product's singular values are those of the small product of the factors' triangles.
-    left, right = (np.linalg.qr(factor).R for factor in (factors["up"], factors["down"].T))
-    spectrum = np.linalg.svd(left @ right.T, compute_uv=False)
+    with np.errstate(all="ignore"):
+        factors = method.prepare(raw, layer)
+        # The product's singular values are those of the small product of the factors' triangles.
+        left, right = (np.linalg.qr(factor).R for factor in (factors["up"], factors["down"].T))
+        product = left @ right.T
+    if not np.isfinite(product).all():
+        return AdaptedModule(name, rank, method.scale, math.nan, ())
+    spectrum = np.linalg.svd(product, compute_uv=False).astype(np.float64)
     return AdaptedModule(name, rank, method.scale, float(np.linalg.norm(spectrum)), tuple(map(float, spectrum)))
 
 

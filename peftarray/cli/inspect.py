@@ -12,7 +12,9 @@ __all__ = ["inspect"]
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="An adapter folder, a checkpoint folder or a .safetensors file.")],
+    path: Annotated[
+        Path, typer.Argument(help="An adapter folder, a checkpoint folder or a .safetensors file.", readable=False)
+    ],
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw norms and spectra into FILE (.png).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:

@@ -13,10 +13,15 @@ __all__ = ["merge"]
 
 def merge(
     base: Annotated[
-        Path, typer.Argument(help="Checkpoint folder (config.json and safetensors), or a .safetensors file.")
+        Path,
+        # typer's own check of permissions is a usage error; here it is bad input, in one line.
+        typer.Argument(help="Checkpoint folder (config.json and safetensors), or a .safetensors file.", readable=False),
     ],
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter folders as PEFT saves them.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must not exist.")],
+    adapters: Annotated[
+        list[Path],
+        typer.Argument(metavar="ADAPTER...", help="Adapter folders as PEFT saves them.", readable=False),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must not exist.", readable=False)],
     scale: Annotated[
         list[float] | None, typer.Option(help="Factor for the updates; give it once, or once for each adapter.")
     ] = None,

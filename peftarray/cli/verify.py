@@ -12,11 +12,12 @@ __all__ = ["verify"]
 
 
 def verify(
-    base: Annotated[Path, typer.Argument(help="The base that was merged into.")],
+    base: Annotated[Path, typer.Argument(help="The base that was merged into.", readable=False)],
     adapters: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER...", help="The adapters, in the order of the scales.")
+        list[Path],
+        typer.Argument(metavar="ADAPTER...", help="The adapters, in the order of the scales.", readable=False),
     ],
-    merged: Annotated[Path, typer.Argument(help="The merged checkpoint to check.")],
+    merged: Annotated[Path, typer.Argument(help="The merged checkpoint to check.", readable=False)],
     scale: Annotated[list[float] | None, typer.Option(help="As it was given to merge.")] = None,
     rows: Annotated[int | None, typer.Option(help="Look at so many rows of each tensor; default: all.")] = None,
     allow_unmatched: Annotated[bool, typer.Option("--allow-unmatched", help="As it was given to merge.")] = False,

@@ -22,14 +22,17 @@ from peftarray.formats.models import (
 from peftarray.stores.checkpoint import Checkpoint
 from peftarray.targets import ends_with
 
-__all__ = ["Alignment", "BaseNames", "Split"]
+__all__ = ["WRAPPERS", "Alignment", "BaseNames", "Split"]
 
 # Words that PEFT's wrappers put into a path, and that no file of a base has.
-_WRAPPERS = frozenset({"base_layer", "ln_tuning_layers"})
+WRAPPERS = frozenset({"base_layer", "ln_tuning_layers", "token_adapter"})
 _LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-# Classes whose output embedding may be tied. Tied, it is in no file; where it is not called `lm_head`, and leaves no bias
-# behind either, only the architecture tells its name.
-_HEAD_CLASSES = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel", "ForConditionalGeneration", "ForSpeechToText")
+# Classes whose output embedding may be tied. Tied, it is in no file; where it is not called `lm_head`, and leaves no
+# bias behind either, only the architecture tells its name.
+_HEAD_CLASSES = (
+    *("ForCausalLM", "LMHeadModel", "DoubleHeadsModel", "ForConditionalGeneration", "MTModel"),
+    *("ForSpeechToText", "ForTextToText"),
+)
 _HEADS = {
     **dict.fromkeys(("ctrl", "funnel"), "lm_head"),
     **dict.fromkeys(("whisper", "moonshine", "moonshine_streaming", "canary"), "proj_out"),
@@ -83,6 +86,7 @@ class BaseNames:
         live: the live names alone.
         modules: every module path that holds a tensor.
         untied: head tensor that the file lacks -> the embedding tensor it equals.
+        resized: tensor on disk -> the number of rows that the adapter's tensor has in its place.
     """
 
     def __init__(self, base: Checkpoint) -> None:
@@ -96,6 +100,7 @@ class BaseNames:
         self.modules = {name.rpartition(".")[0] for name in self.places}
         self._paths = {path for module in self.modules for path in _prefixes(module)}
         self.untied: dict[str, str] = {}
+        self.resized: dict[str, int] = {}
 
     def split(self, key: str) -> Split | None:
         """The module and the local name of an aligned key, None where no module of the base begins it."""
@@ -105,7 +110,7 @@ class BaseNames:
             longer = f"{module}.{word}" if module else word
             if longer in self._paths:
                 module = longer
-            elif word in _WRAPPERS:
+            elif word in WRAPPERS:
                 depth += 1
             else:
                 break
@@ -145,10 +150,10 @@ class BaseNames:
         return found is not None and len(found.module) >= len(alignment.added)
 
     def shape(self, tensor: str) -> tuple[int, ...]:
-        """The live shape of a tensor, from the headers."""
+        """The live shape of a tensor, from the headers; of the one that the adapter brings where it has other rows."""
         places = self.places[tensor]
         first = places[0]
-        shape = self.base[self.untied.get(first.disk, first.disk)].shape
+        shape = self._stored_shape(first)
         if first.flipped:
             shape = (*shape[:-2], shape[-1], shape[-2])
         if first.expert is None:
@@ -173,8 +178,11 @@ class BaseNames:
         return tuple(found)
 
     def _rows(self, place: Place, expert: int | None) -> int:
+        return self._stored_shape(place)[0 if expert is None else 1]
+
+    def _stored_shape(self, place: Place) -> tuple[int, ...]:
         shape = self.base[self.untied.get(place.disk, place.disk)].shape
-        return shape[0] if expert is None else shape[1]
+        return (self.resized.get(place.disk, shape[0]), *shape[1:]) if shape else shape
 
     def flipped(self, tensor: str) -> bool:
         """Whether the file holds the transpose of the live tensor (its last two axes)."""
@@ -192,19 +200,23 @@ class BaseNames:
         """Whether a stacked parameter is `(experts, in, out)` in memory."""
         return stored_transposed(self.model_type, parameter, self._inner)
 
-    def input_embedding(self) -> str | None:
-        """The live module of the input embedding, None where no known name is there."""
-        return self._first(input_embedding_names(self.model_type))
+    def input_embedding(self, head: str = "") -> str | None:
+        """The live module of the input embedding, None where no known name is there.
+
+        Args:
+            head: of the model's parts, prefer the one that this module belongs to.
+        """
+        return self._first(input_embedding_names(self.model_type), f"{head.partition('.')[0]}.")
 
     def output_embedding(self) -> str | None:
         """The live module of the output embedding, None where the file has none (it is tied, or there is no head)."""
         return self._first(output_embedding_names(self.model_type))
 
-    def _first(self, names: tuple[str, ...]) -> str | None:
+    def _first(self, names: tuple[str, ...], part: str = "") -> str | None:
         for name in names:
             found = [m for m in self.modules if ends_with(m, [name]) and f"{m}.weight" in self.places]
             if found:
-                return min(found, key=lambda module: (module.count("."), module))
+                return min(found, key=lambda module: (not module.startswith(part), module.count("."), module))
         return None
 
     def missing_head(self) -> str | None:
@@ -251,18 +263,26 @@ class BaseNames:
         said = self.base.config.get("tie_word_embeddings", default)
         return said if isinstance(said, bool) else None
 
+    def is_tied(self, module: str) -> bool:
+        """Whether a module is the output embedding, tied to the input embedding."""
+        stored = self.output_embedding()
+        return f"{module}.weight" in self.untied or (module == stored and self.says_tied() is True)
+
     def may_be_tied(self) -> bool:
         """Whether a head that the file lacks may be the input embedding."""
         return self.input_embedding() is not None and self.says_tied() is not False
 
     def untie(self, head: str) -> None:
         """Let a head that the file lacks be addressed: new tensors, which start as those that they were tied to."""
-        embedding = f"{self.input_embedding()}.weight"
+        embedding = f"{self.input_embedding(head)}.weight"
         # Masked language models have a bias beside the output embedding, and tie the embedding's own bias to it.
         ties = {f"{head}.weight": embedding, f"{head}.bias": f"{head.rpartition('.')[0]}.bias"}
         for tensor, source in ties.items():
-            if tensor not in self.places and source in self.places and self.shape(source)[0] == self.shape(embedding)[0]:
-                self.untied[tensor] = self.places[source][0].disk
+            if tensor in self.places or source not in self.places:
+                continue
+            disk = self.places[source][0].disk
+            if self.base[disk].shape[0] == self.base[self.places[embedding][0].disk].shape[0]:
+                self.untied[tensor] = disk
                 self.places[tensor] = (Place(tensor),)
         self.modules.add(head)
         self._paths |= _prefixes(head)

@@ -13,14 +13,15 @@ from pathlib import Path
 
 from peftarray.errors import ConfigError, FormatError, MatchError, ShapeError, UnsupportedError, nearest
 from peftarray.formats.adapters import Adapters, Ref, Site
-from peftarray.formats.names import Alignment, BaseNames
+from peftarray.formats.experts import expert_sites, target_parameters
+from peftarray.formats.names import WRAPPERS, Alignment, BaseNames
 from peftarray.formats.peft_config import read_config
 from peftarray.formats.tying import settle_ties
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
 from peftarray.methods import TrainableTokensConfig
 from peftarray.stores.checkpoint import Checkpoint
-from peftarray.targets import ends_with, is_saved, is_targeted
+from peftarray.targets import is_saved, is_targeted
 
 __all__ = ["open_weights", "read"]
 
@@ -66,11 +67,12 @@ def read(path: str | Path, base: Checkpoint, *, allow_unmatched: bool = False) -
         raise FormatError(message)
     alignment = names.align(keys)
     found = _sort(keys, config, names, alignment)
-    sites = [
-        *_method_sites(found, config, names, alignment, tensors),
-        *_token_sites(found, config, names, alignment, tensors),
-    ]
     _check_replacements(found.replace, names, tensors)
+    # Rows are replaced below what else a module has: PEFT wraps a tied head, its rows trained as tokens, in LoRA.
+    sites = [
+        *_token_sites(found, config, names, alignment, tensors),
+        *_method_sites(found, config, names, alignment, tensors),
+    ]
     adapted = {site.layer.name for site in sites}
     absent = _absent_targets(config, names, alignment, adapted, {module for module, _ in found.methods})
     if (found.leftover or absent) and not allow_unmatched:
@@ -129,10 +131,7 @@ def _sort(keys: dict[str, str], config: AdapterConfig, names: BaseNames, alignme
             found.replace[tensor] = Ref(key)
         elif split.local.startswith(config.training_only) and config.training_only:
             found.unused.append(key)
-        elif (
-            split.local.removeprefix("token_adapter.") == _TOKENS
-            and config.peft_type != TrainableTokensConfig.peft_type
-        ):
+        elif split.local == _TOKENS and config.peft_type != TrainableTokensConfig.peft_type:
             found.tokens[split.module] = key
         elif is_saved(alignment.to_adapter(split.module), config) and split.local in ("weight", "bias"):
             found.replace[tensor] = Ref(key)
@@ -142,7 +141,7 @@ def _sort(keys: dict[str, str], config: AdapterConfig, names: BaseNames, alignme
 
 
 def _is_copy(path: str, keys: dict[str, str], config: AdapterConfig) -> bool:
-    """Whether a key is one of the two that `bias="all"` adds for the biases of `modules_to_save`: old value, and copy."""
+    """Whether a key is of the two that `bias="all"` adds for a bias of `modules_to_save`: its old value, and a copy."""
     for word in ("original_module", "modules_to_save"):
         module, found, local = path.partition(f".{word}.")
         # The copy's key has the adapter's name where the module has children.
@@ -154,7 +153,7 @@ def _is_copy(path: str, keys: dict[str, str], config: AdapterConfig) -> bool:
 
 def _place_new(found: _Sorted, path: str, key: str, config: AdapterConfig, names: BaseNames) -> None:
     """A tensor that the base lacks is a new head if the configuration says so, and left over if not."""
-    clean = ".".join(word for word in path.split(".") if word != "base_layer")
+    clean = ".".join(word for word in path.split(".") if word not in WRAPPERS)
     module, _, last = clean.rpartition(".")
     if is_saved(module, config) and "lora_" not in last and not any(clean.startswith(f"{m}.") for m in names.places):
         found.replace[clean] = Ref(key)
@@ -182,9 +181,9 @@ def _method_sites(
         nested[module][depth] = group
     sites: list[Site] = []
     for module, groups in nested.items():
-        parameters = _target_parameters(module, config, names, alignment)
+        parameters = target_parameters(module, config, names, alignment)
         if parameters:
-            sites += _expert_sites(module, groups, parameters, config, names, alignment, tensors)
+            sites += expert_sites(module, groups, parameters, config, names, alignment, tensors)
             continue
         merged: dict[str, str] = {}
         for group in groups.values():
@@ -252,87 +251,15 @@ def _layer(path: str, tensor: str, embedding: bool, method: AdapterConfig, names
     return Layer(path, "linear", shape[::-1] if stored_in_out else shape, transposed=stored_in_out)
 
 
-def _target_parameters(module: str, config: AdapterConfig, names: BaseNames, alignment: Alignment) -> list[str]:
-    """The stacked parameters of a module that the configuration adapts, in the order of their registration."""
-    wanted = config.parameters_adapted()
-    if not wanted:
-        return []
-    head = f"{module}."
-    own = [
-        name.removeprefix(head)
-        for name in names.places
-        if name.startswith(head)
-        and "." not in name.removeprefix(head)
-        and ends_with(alignment.to_adapter(name), wanted)
-    ]
-    order = names.parameter_order()
-    return sorted(own, key=lambda name: (order.index(name) if name in order else len(order), name))
-
-
-def _expert_sites(
-    module: str,
-    groups: dict[int, dict[str, str]],
-    parameters: list[str],
-    config: AdapterConfig,
-    names: BaseNames,
-    alignment: Alignment,
-    tensors: Checkpoint,
-) -> list[Site]:
-    """One site for each expert of each stacked parameter.
-
-    The parameter's name is not in the key: wrappers nest in the order of registration, the first innermost. `lora_A`
-    `(experts * r, in)` counts experts slowest, `lora_B` `(out, r * experts)` counts them fastest.
-    """
-    unordered = [name for name in parameters if name not in names.parameter_order()]
-    if len(parameters) != len(groups) or (len(parameters) > 1 and unordered):
-        message = (
-            f"{module}: the adapter wraps {len(groups)} parameters and the base has {', '.join(parameters)}; "
-            f"which is which cannot be told for model_type {names.model_type}; use the base that the adapter was "
-            "trained on"
-        )
-        raise MatchError(message)
-    path = alignment.to_adapter(module)
-    method = config.at(path)
-    sites = []
-    for parameter, depth in zip(parameters, sorted(groups, reverse=True), strict=True):
-        tensor = f"{module}.{parameter}"
-        shape = names.shape(tensor)
-        experts, rows, columns = shape if len(shape) == 3 else (1, *shape)
-        stacked_in_out = names.stored_transposed(parameter)
-        logical = (columns, rows) if stacked_in_out else (rows, columns)
-        layer = Layer(f"{path}.{parameter}", "linear", logical, transposed=stacked_in_out != names.flipped(tensor))
-        group = groups[depth]
-        for name, key in group.items():
-            axis, got = (0, tensors[key].shape) if name == "lora_A" else (1, tensors[key].shape)
-            if name not in ("lora_A", "lora_B") or len(got) != 2 or got[axis] % experts:
-                message = (
-                    f"{tensor}: {key} is {got}; stacked parameters take lora_A (experts*r, in) and lora_B (out, "
-                    f"r*experts) for {experts} experts"
-                )
-                raise ShapeError(message)
-        for expert in range(experts):
-            params = {name: _expert_ref(name, key, tensors, expert, experts) for name, key in group.items()}
-            pieces = names.pieces(tensor, expert if len(shape) == 3 else None)
-            sites.append(Site(dataclasses.replace(layer, name=f"{layer.name}.{expert}"), method, params, pieces))
-    return sites
-
-
-def _expert_ref(name: str, key: str, tensors: Checkpoint, expert: int, experts: int) -> Ref:
-    if experts == 1:
-        return Ref(key)
-    if name == "lora_B":
-        return Ref(key, columns=(expert, experts))
-    rank = tensors[key].shape[0] // experts
-    return Ref(key, rows=(expert * rank, (expert + 1) * rank))
-
-
 def _token_sites(
     found: _Sorted, config: AdapterConfig, names: BaseNames, alignment: Alignment, tensors: Checkpoint
 ) -> list[Site]:
     sites = []
     for module, key in found.tokens.items():
-        path = alignment.to_adapter(module)
-        rows = config.token_rows(path, is_input=module == names.input_embedding())
+        path, embedding = alignment.to_adapter(module), names.input_embedding(module)
+        rows = config.token_rows(path, is_input=module == embedding)
+        if not rows and embedding and names.is_tied(module):
+            rows = config.token_rows(alignment.to_adapter(embedding), is_input=True)
         if not rows:
             message = (
                 f"the adapter has {key}, and adapter_config.json names no trainable_token_indices for {path}; add them"
@@ -342,8 +269,9 @@ def _token_sites(
         tensor = f"{module}.weight"
         if max(rows) >= names.shape(tensor)[0]:
             message = (
-                f"{path}: trainable_token_indices go up to {max(rows)}; the embedding of {names.base.path} has "
-                f"{names.shape(tensor)[0]} rows; resize the base first"
+                f"{path}: trainable_token_indices go up to {max(rows)}; this embedding of {names.base.path} has "
+                f"{names.shape(tensor)[0]} rows, and the adapter brings no larger one; save it with "
+                "save_embedding_layers=True, or resize the base first"
             )
             raise ShapeError(message)
         sites.append(
@@ -353,6 +281,7 @@ def _token_sites(
 
 
 def _check_replacements(replace: dict[str, Ref], names: BaseNames, tensors: Checkpoint) -> None:
+    """Refuse tensors that fit no place, and let the names know of those with another number of rows."""
     for tensor, ref in replace.items():
         if tensor not in names.places:
             continue
@@ -368,6 +297,8 @@ def _check_replacements(replace: dict[str, Ref], names: BaseNames, tensors: Chec
                 f"{tensor} is {old} in {names.base.path} and {new} in the adapter; use the base that it was trained on"
             )
             raise ShapeError(message)
+        if old != new:
+            names.resized[names.places[tensor][0].disk] = new[0]
 
 
 def _absent_targets(

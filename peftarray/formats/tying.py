@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from peftarray.errors import MatchError
 from peftarray.formats.adapters import Adapters, Ref, Site
 from peftarray.formats.names import BaseNames
 from peftarray.methods import TrainableTokensConfig
@@ -30,16 +31,16 @@ def settle_ties(adapters: Adapters, names: BaseNames) -> Adapters:
     """
     changes: dict[str, Any] = {}
     notes: list[str] = []
-    embedding = names.input_embedding()
+    head = _tied_head(names)
+    embedding = names.input_embedding(head or "")
     weight = f"{embedding}.weight"
     if embedding is not None:
-        resized = weight in adapters.replace and adapters.replace[weight].shape(adapters.tensors) != names.shape(weight)
-        if resized:
-            changes["vocab_size"] = adapters.replace[weight].shape(adapters.tensors)[0]
-            notes.append(f"vocabulary resized from {names.shape(weight)[0]} to {changes['vocab_size']} rows")
-        head = _tied_head(names)
+        disk = names.places[weight][0].disk
+        if disk in names.resized:
+            changes["vocab_size"] = names.resized[disk]
+            notes.append(f"vocabulary resized from {names.base[disk].shape[0]} to {names.resized[disk]} rows")
         if head is not None:
-            adapters, unties = _settle(adapters, names, embedding, head, resized)
+            adapters, unties = _settle(adapters, names, embedding, head)
             if unties:
                 changes["tie_word_embeddings"] = False
                 notes.append(f"untied: {head}.weight no longer equals {weight}, and config.json says so")
@@ -50,47 +51,65 @@ def settle_ties(adapters: Adapters, names: BaseNames) -> Adapters:
     return dataclasses.replace(adapters, replace=on_disk, config_changes=changes, notes=tuple(notes))
 
 
-def _settle(adapters: Adapters, names: BaseNames, embedding: str, head: str, resized: bool) -> tuple[Adapters, bool]:
+def _settle(adapters: Adapters, names: BaseNames, embedding: str, head: str) -> tuple[Adapters, bool]:
     """What happens to the module of a tied head, and whether it is untied."""
     weight, tied, bias = f"{embedding}.weight", f"{head}.weight", f"{head}.bias"
     disk = names.places[weight][0].disk
     there = names.places[tied][0].disk if tied in names.places else tied
     of_embedding = [site for site in adapters.sites if site.pieces[0].tensor == disk]
     of_head = [site for site in adapters.sites if site.pieces[0].tensor == there]
-    replace, unused = dict(adapters.replace), list(adapters.unused)
     others = [site for site in adapters.sites if site not in of_head]
-    if _mirrors(adapters, of_head, of_embedding):
-        unused += [ref.name for site in of_head for ref in site.params.values()]
-        of_head, follows = [], True
-    else:
-        follows = not of_head and all(_replaces_rows(site) for site in of_embedding)
+    replace, unused = dict(adapters.replace), list(adapters.unused)
+    mirrored = _mirrors(adapters, of_head, of_embedding)
     same = _same_values(replace.get(weight), replace.get(tied), adapters.tensors)
-    follows = follows and (same or (tied not in replace and (weight not in replace or resized)))
-    beside = names.untied.get(bias)
-    if follows and beside is not None and bias in replace:
+    follows = mirrored or (not of_head and all(_replaces_rows(site) for site in of_embedding))
+    follows = follows and (same or (tied not in replace and (weight not in replace or disk in names.resized)))
+    beside = names.untied.get(bias, "")
+    if follows and beside and bias in replace:
         follows = _same_values(replace[bias], replace.get(beside, replace[bias]), adapters.tensors)
     if not follows:
-        if there not in names.base:
-            names.untie(head)
-            if bias in names.untied and names.untied[bias] in replace:
-                replace.setdefault(bias, replace[names.untied[bias]])
-        untied = {name: source for name, source in names.untied.items() if name not in replace}
-        # Rows that are trained as tokens are so in the head too, below what it has of its own.
-        rows = [_onto(site, there) for site in of_embedding if _replaces_rows(site) and tied not in replace]
-        sites = (*others, *rows, *of_head)
-        return dataclasses.replace(adapters, sites=sites, replace=replace, untied=untied, unused=tuple(unused)), True
-    if beside is not None and bias in replace:
+        return _untied(adapters, names, head, of_embedding, of_head), True
+    if mirrored:
+        unused += [ref.name for site in of_head for ref in site.params.values()]
+    if beside and bias in replace:
         ref = replace.pop(bias)
         unused += [ref.name] if replace.setdefault(beside, ref) != ref else []
-    sites = tuple(others)
     if same:
         unused.append(replace.pop(tied).name)
+    sites = tuple(others)
     if there in names.base:
         # The file holds both tensors, so what happens to the one must happen to the other.
         sites = (*others, *(_onto(site, there) for site in of_embedding))
         if weight in replace:
             replace[tied] = replace[weight]
     return dataclasses.replace(adapters, sites=sites, replace=replace, unused=tuple(unused)), False
+
+
+def _untied(adapters: Adapters, names: BaseNames, head: str, of_embedding: list[Site], of_head: list[Site]) -> Adapters:
+    """The same adapters with a head of its own, which starts as the embedding."""
+    tied, bias = f"{head}.weight", f"{head}.bias"
+    replace = dict(adapters.replace)
+    if tied not in names.base:
+        names.untie(head)
+    untied = {name: source for name, source in names.untied.items() if name not in replace}
+    if names.untied.get(tied) in names.resized and tied in untied:
+        message = (
+            f"{adapters.name} resizes {untied[tied]} and unties {tied}, which it does not bring; save it with "
+            "save_embedding_layers=True"
+        )
+        raise MatchError(message)
+    beside = names.untied.get(bias)
+    if beside in replace and bias in untied:
+        replace[bias] = replace[beside]
+        del untied[bias]
+    elif bias in replace and bias in names.untied and replace[bias].shape(adapters.tensors) != names.base[beside].shape:
+        replace.setdefault(beside, replace[bias])
+    there = names.places[tied][0].disk
+    # Rows that are trained as tokens are so in the head too, below what it has of its own.
+    rows = [] if tied in replace or any(map(_replaces_rows, of_head)) else list(filter(_replaces_rows, of_embedding))
+    others = [site for site in adapters.sites if site not in of_head]
+    sites = (*others, *(_onto(site, there) for site in rows), *of_head)
+    return dataclasses.replace(adapters, sites=sites, replace=replace, untied=untied)
 
 
 def _tied_head(names: BaseNames) -> str | None:
@@ -108,19 +127,21 @@ def _replaces_rows(site: Site) -> bool:
 
 
 def _mirrors(adapters: Adapters, of_head: list[Site], of_embedding: list[Site]) -> bool:
-    """Whether the head's factors are the embedding's, transposed, which PEFT writes where it keeps the two tied."""
-    if not (len(of_head) == len(of_embedding) == 1 and adapters.config.keeps_tied()):
+    """Whether the head's arrays are the embedding's, as PEFT writes them where it keeps the two tied."""
+    if len(of_head) != 1 or len(of_embedding) != 1:
         return False
     head, embedding, tensors = of_head[0].params, of_embedding[0].params, adapters.tensors
-    if head.keys() != {"lora_A", "lora_B"} or embedding.keys() != head.keys():
+    if _replaces_rows(of_head[0]) and _replaces_rows(of_embedding[0]):
+        return of_head[0].method == of_embedding[0].method and all(
+            _same_values(ref, embedding.get(name), tensors) for name, ref in head.items()
+        )
+    if not adapters.config.keeps_tied() or head.keys() != {"lora_A", "lora_B"} or embedding.keys() != head.keys():
         return False  # a magnitude is an output's, and the outputs of the two are not the same
     return all(_transposed(head[a], embedding[b], tensors) for a, b in (("lora_A", "lora_B"), ("lora_B", "lora_A")))
 
 
 def _transposed(a: Ref, b: Ref, tensors: Checkpoint) -> bool:
-    return a.shape(tensors) == b.shape(tensors)[::-1] and bool(
-        (tensors.read(a.name) == tensors.read(b.name).T).all()
-    )
+    return a.shape(tensors) == b.shape(tensors)[::-1] and bool((tensors.read(a.name) == tensors.read(b.name).T).all())
 
 
 def _same_values(a: Ref | None, b: Ref | None, tensors: Checkpoint) -> bool:

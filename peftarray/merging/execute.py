@@ -250,19 +250,22 @@ def _merge_rows(
     # Of a large tensor one tile in four that the update reaches is measured, the first of each task among them.
     often = _SAMPLE if math.prod(output.shape) > _EXACT else 1
     reached = 0
-    for first in range(begin, end, step):
-        shape = (min(step, end - first), output.columns)
-        stored = scratch.array("stored", shape, output.info.dtype.numpy)
-        output.source.read_into(stored, output.info.begin + first * output.columns * stored.dtype.itemsize)
-        rounded = scratch.array("rounded", shape, output.dtype.numpy)
-        if merger is None:
-            _convert(output, stored, rounded, scratch)
-        else:
-            sums = merger.merge(stored, first, rounded, scratch, measure=reached % often == 0)
-            reached += sums.update != 0
-            total.add(sums)
-        data = memoryview(rounded.reshape(-1).view("u1"))
-        _write_all(target.descriptor, data, output.begin + first * width, target.path)
+    source = output.info.dtype.numpy
+    assert source is not None  # `TensorInfo.dtype` raises for dtypes without one
+    at = output.info.begin + begin * output.columns * source.itemsize
+    with output.source.window(at, (end - begin, output.columns), source) as rows:
+        for first in range(0, end - begin, step):
+            stored = rows[first : first + step]
+            rounded = scratch.array("rounded", stored.shape, output.dtype.numpy)
+            if merger is None:
+                _convert(output, stored, rounded, scratch)
+            else:
+                sums = merger.merge(stored, begin + first, rounded, scratch, measure=reached % often == 0)
+                reached += sums.update != 0
+                total.add(sums)
+            data = memoryview(rounded.reshape(-1).view("u1"))
+            _write_all(target.descriptor, data, output.begin + (begin + first) * width, target.path)
+            del stored
     if merger is not None and merger.segment.contributions:
         with target.lock:
             target.reports.setdefault(output.name, Sums()).add(total)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,6 +193,36 @@ class SafetensorsFile:
         except OSError as error:
             message = f"{self.path} cannot be read at byte {offset + done} ({error.strerror}); check the disk"
             raise FormatError(message) from None
+
+    @contextmanager
+    def window(self, begin: int, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
+        """The bytes from `begin` on as a read-only array, without a copy; it must not be used after the block.
+
+        A few megabytes at a time are mapped, so that the process does not seem to hold the whole file.
+
+        Raises:
+            FormatError: the file has become shorter than its header says.
+        """
+        count = math.prod(shape) * dtype.itemsize
+        if os.fstat(self._descriptor).st_size < begin + count:
+            message = f"{self.path} was truncated while it was read; it ended before byte {begin + count}"
+            raise FormatError(message)
+        if not count or begin % dtype.itemsize:
+            array = np.empty(shape, dtype)
+            self.read_into(array, begin)
+            yield array
+            return
+        shift = begin % mmap.ALLOCATIONGRANULARITY
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        pages = mmap.mmap(self._descriptor, count + shift, flags, mmap.PROT_READ, offset=begin - shift)
+        try:
+            array = np.frombuffer(pages, np.uint8, count, shift).view(dtype).reshape(shape)
+            yield array
+            del array
+        finally:
+            # An array that outlives the block keeps the pages; they go when it does.
+            with suppress(BufferError):
+                pages.close()
 
     def read(self, info: TensorInfo, rows: slice | None = None) -> np.ndarray:
         """A tensor, or a range of its first axis, as an array of its storage dtype."""
