@@ -81,7 +81,10 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, for JSON."""
-        return dataclasses.asdict(self)
+        found = dataclasses.asdict(self)
+        for module in found["modules"]:
+            module["norm"] = module["norm"] if math.isfinite(module["norm"]) else None  # JSON has no NaN
+        return found
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -142,6 +145,8 @@ def _module(name: str, group: dict[str, str], config: AdapterConfig, tensors: Ch
 
 def _is_plain(method: AdapterConfig, raw: dict[str, np.ndarray], layer: Layer) -> bool:
     """Whether the tensors are those of one layer, by the method's own table."""
+    if not all(array.size for array in raw.values()):
+        return False
     try:
         method.check_shapes({name: array.shape for name, array in raw.items()}, layer)
     except MatchError:

@@ -55,7 +55,6 @@ def expert_sites(
         )
         raise MatchError(message)
     path = alignment.to_adapter(module)
-    method = config.at(path)
     sites = []
     for parameter, depth in zip(parameters, sorted(groups, reverse=True), strict=True):
         tensor = f"{module}.{parameter}"
@@ -64,7 +63,8 @@ def expert_sites(
         stacked_in_out = names.stored_transposed(parameter)
         logical = (columns, rows) if stacked_in_out else (rows, columns)
         layer = Layer(f"{path}.{parameter}", "linear", logical, transposed=stacked_in_out != names.flipped(tensor))
-        group = groups[depth]
+        # Patterns of ranks match the parameter's whole name, as those that PEFT writes for fused experts do.
+        method, group = config.at(layer.name), groups[depth]
         for name, key in group.items():
             axis, got = (0, tensors[key].shape) if name == "lora_A" else (1, tensors[key].shape)
             if name not in ("lora_A", "lora_B") or len(got) != 2 or got[axis] % experts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from peftarray.errors import MatchError, nearest
@@ -100,6 +100,8 @@ class BaseNames:
         self.modules = {name.rpartition(".")[0] for name in self.places}
         self._paths = {path for module in self.modules for path in _prefixes(module)}
         self.untied: dict[str, str] = {}
+        # Every key of an adapter asks for the embeddings; the answers change only when a head is untied.
+        self._answers: dict[object, str | None] = {}
         self.resized: dict[str, int] = {}
 
     def split(self, key: str) -> Split | None:
@@ -117,6 +119,14 @@ class BaseNames:
             if module in self.modules:
                 best = Split(module, ".".join(words[i + 1 :]), depth)
         return best
+
+    def split_embedding(self, key: str) -> tuple[str, str]:
+        """The module and the local name of a key that has an input embedding's name in it; empty where it has none."""
+        for name in input_embedding_names(self.model_type):
+            head, found, local = f".{key}".partition(f".{name}.")
+            if found:
+                return f"{head}.{name}"[1:], local
+        return "", ""
 
     def align(self, keys: Iterable[str]) -> Alignment:
         """The alignment under which most keys name a module of the base.
@@ -213,17 +223,28 @@ class BaseNames:
         return self._first(output_embedding_names(self.model_type))
 
     def _first(self, names: tuple[str, ...], part: str = "") -> str | None:
+        return self._once((names, part), lambda: self._search(names, part))
+
+    def _search(self, names: tuple[str, ...], part: str) -> str | None:
         for name in names:
             found = [m for m in self.modules if ends_with(m, [name]) and f"{m}.weight" in self.places]
             if found:
                 return min(found, key=lambda module: (not module.startswith(part), module.count("."), module))
         return None
 
+    def _once(self, question: object, answer: Callable[[], str | None]) -> str | None:
+        if question not in self._answers:
+            self._answers[question] = answer()
+        return self._answers[question]
+
     def missing_head(self) -> str | None:
         """The module path of an output embedding whose weight the file lacks, None where there is none.
 
         Its bias, or other tensors of the same head, betray it; of a head without, only the class is known.
         """
+        return self._once("missing head", self._missing_head)
+
+    def _missing_head(self) -> str | None:
         if self.output_embedding() is not None:
             return None
         classes = self.base.config.get("architectures")
@@ -286,6 +307,7 @@ class BaseNames:
                 self.places[tensor] = (Place(tensor),)
         self.modules.add(head)
         self._paths |= _prefixes(head)
+        self._answers.clear()
 
     def adaptable(self) -> list[str]:
         """Live modules with a weight of two axes or more, without layers that the model's class does not have."""

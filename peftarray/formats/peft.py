@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peftarray.errors import ConfigError, FormatError, MatchError, ShapeError, UnsupportedError, nearest
-from peftarray.formats.adapters import Adapters, Ref, Site
+from peftarray.formats.adapters import Adapters, Ref, Site, same_values
 from peftarray.formats.experts import expert_sites, target_parameters
 from peftarray.formats.names import WRAPPERS, Alignment, BaseNames
 from peftarray.formats.peft_config import read_config
@@ -66,14 +66,14 @@ def read(path: str | Path, base: Checkpoint, *, allow_unmatched: bool = False) -
         message = f"{folder}: some tensors stand with and without the prefix {_PREFIX}; the file is damaged"
         raise FormatError(message)
     alignment = names.align(keys)
-    found = _sort(keys, config, names, alignment)
+    found = _sort(keys, config, names, alignment, tensors)
     _check_replacements(found.replace, names, tensors)
     # Rows are replaced below what else a module has: PEFT wraps a tied head, its rows trained as tokens, in LoRA.
     sites = [
         *_token_sites(found, config, names, alignment, tensors),
         *_method_sites(found, config, names, alignment, tensors),
     ]
-    adapted = {site.layer.name for site in sites}
+    adapted = {piece.tensor for site in sites for piece in site.pieces}
     absent = _absent_targets(config, names, alignment, adapted, {module for module, _ in found.methods})
     if (found.leftover or absent) and not allow_unmatched:
         raise _unmatched(folder, found.leftover, absent, names, alignment, len(tensors), base)
@@ -111,8 +111,11 @@ def open_weights(folder: Path) -> Checkpoint:
     raise FormatError(message)
 
 
-def _sort(keys: dict[str, str], config: AdapterConfig, names: BaseNames, alignment: Alignment) -> _Sorted:
+def _sort(
+    keys: dict[str, str], config: AdapterConfig, names: BaseNames, alignment: Alignment, tensors: Checkpoint
+) -> _Sorted:
     found = _Sorted()
+    embedding = names.input_embedding()
     for path, key in keys.items():
         if _is_copy(path, keys, config):
             found.unused.append(key)
@@ -124,7 +127,12 @@ def _sort(keys: dict[str, str], config: AdapterConfig, names: BaseNames, alignme
             names.untie(head)
             split = names.split(path)
         if split is None:
-            _place_new(found, path, key, config, names)
+            module, local = names.split_embedding(path)
+            twin = keys.get(f"{alignment.to_adapter(embedding)}.{local}") if module and embedding else None
+            if twin is not None and same_values(Ref(key), Ref(twin), tensors):
+                found.unused.append(key)  # of another module for the same embedding, tied to it
+            else:
+                _place_new(found, path, key, config, names)
             continue
         tensor = f"{split.module}.{split.local}"
         if tensor in names.places:
@@ -136,7 +144,7 @@ def _sort(keys: dict[str, str], config: AdapterConfig, names: BaseNames, alignme
         elif is_saved(alignment.to_adapter(split.module), config) and split.local in ("weight", "bias"):
             found.replace[tensor] = Ref(key)
         else:
-            _place_local(found, split.module, split.depth, split.local, key)
+            _place_local(found, split.module, split.depth, split.local, key, tensors)
     return found
 
 
@@ -161,12 +169,15 @@ def _place_new(found: _Sorted, path: str, key: str, config: AdapterConfig, names
         found.leftover.append(key)
 
 
-def _place_local(found: _Sorted, module: str, depth: int, local: str, key: str) -> None:
+def _place_local(found: _Sorted, module: str, depth: int, local: str, key: str, tensors: Checkpoint) -> None:
     name = local.removesuffix(".weight")
     if "_embedding_" in name:
         found.embeddings.add(module)
         name = name.replace("_embedding_", "_")
     group = found.methods[module, depth]
+    if name in group and same_values(Ref(key), Ref(group[name]), tensors):
+        found.unused.append(key)  # PEFT saves a layer with its embedding, and gives the magnitude another name there
+        return
     if name in group:
         message = f"the adapter has {name} of {module} twice ({group[name]} and {key}); the file is damaged"
         raise FormatError(message)
@@ -215,10 +226,12 @@ def _module_site(
         )
         raise MatchError(message)
     path = alignment.to_adapter(module)
-    method = config.at(path)
     parent = module.rpartition(".")[0]
     if depth and module.endswith(".out_proj") and f"{parent}.in_proj_weight" in names.places:
-        method = method.applied_twice()  # PEFT adds it in the attention's wrapper and in its own
+        # PEFT gives it the attention's rank, and adds it in the attention's wrapper and in its own.
+        method = config.at(alignment.to_adapter(parent)).applied_twice()
+    else:
+        method = config.at(path)
     layer = _layer(path, tensor, embedding, method, names)
     has_bias = bias in names.places
     if "bias" in method.touches(layer) and not has_bias:
@@ -309,8 +322,9 @@ def _absent_targets(
         isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     ):
         return []
-    paths = [alignment.to_adapter(module) for module in names.adaptable() if module not in wrapped]
-    return [path for path in paths if path not in adapted and is_targeted(path, config)]
+    without = [module for module in names.adaptable() if module not in wrapped]
+    without = [module for module in without if any(p.disk not in adapted for p in names.places[f"{module}.weight"])]
+    return [path for path in map(alignment.to_adapter, without) if is_targeted(path, config)]
 
 
 def _unmatched(

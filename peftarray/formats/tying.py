@@ -11,10 +11,11 @@ import dataclasses
 from typing import Any
 
 from peftarray.errors import MatchError
-from peftarray.formats.adapters import Adapters, Ref, Site
+from peftarray.formats.adapters import Adapters, Ref, Site, same_values
 from peftarray.formats.names import BaseNames
 from peftarray.methods import TrainableTokensConfig
 from peftarray.stores.checkpoint import Checkpoint
+from peftarray.targets import is_saved
 
 __all__ = ["settle_ties"]
 
@@ -39,6 +40,7 @@ def settle_ties(adapters: Adapters, names: BaseNames) -> Adapters:
         if disk in names.resized:
             changes["vocab_size"] = names.resized[disk]
             notes.append(f"vocabulary resized from {names.base[disk].shape[0]} to {names.resized[disk]} rows")
+        _check_rows(adapters, names, weight, head)
         if head is not None:
             adapters, unties = _settle(adapters, names, embedding, head)
             if unties:
@@ -51,6 +53,24 @@ def settle_ties(adapters: Adapters, names: BaseNames) -> Adapters:
     return dataclasses.replace(adapters, replace=on_disk, config_changes=changes, notes=tuple(notes))
 
 
+def _check_rows(adapters: Adapters, names: BaseNames, weight: str, head: str | None) -> None:
+    """Refuse a vocabulary that is resized at one end only."""
+    other = f"{head or names.output_embedding()}.weight"
+    if other not in names.places:
+        return
+    disks = [names.places[name][0].disk for name in (weight, other)]
+    if disks[1] in names.untied and disks[1] not in names.resized:
+        return  # it follows the embedding, or `_untied` refuses
+    before = [names.base[names.untied.get(disk, disk)].shape[0] for disk in disks]
+    after = [names.shape(name)[0] for name in (weight, other)]
+    if before[0] == before[1] and after[0] != after[1]:
+        message = (
+            f"{adapters.name} brings {after[0]} rows for {weight} and {after[1]} for {other}, where "
+            f"{names.base.path} has {before[0]} for both; merge into a base that is resized as it was for the training"
+        )
+        raise MatchError(message)
+
+
 def _settle(adapters: Adapters, names: BaseNames, embedding: str, head: str) -> tuple[Adapters, bool]:
     """What happens to the module of a tied head, and whether it is untied."""
     weight, tied, bias = f"{embedding}.weight", f"{head}.weight", f"{head}.bias"
@@ -60,13 +80,17 @@ def _settle(adapters: Adapters, names: BaseNames, embedding: str, head: str) -> 
     of_head = [site for site in adapters.sites if site.pieces[0].tensor == there]
     others = [site for site in adapters.sites if site not in of_head]
     replace, unused = dict(adapters.replace), list(adapters.unused)
+    if disk in names.resized and tied not in replace and not is_saved(embedding, adapters.config):
+        # Not a trained copy of the embedding, but the matrix of both.
+        replace[tied] = replace[weight]
+        adapters = dataclasses.replace(adapters, replace=replace)
     mirrored = _mirrors(adapters, of_head, of_embedding)
-    same = _same_values(replace.get(weight), replace.get(tied), adapters.tensors)
+    same = same_values(replace.get(weight), replace.get(tied), adapters.tensors)
     follows = mirrored or (not of_head and all(_replaces_rows(site) for site in of_embedding))
-    follows = follows and (same or (tied not in replace and (weight not in replace or disk in names.resized)))
+    follows = follows and (same or (tied not in replace and weight not in replace))
     beside = names.untied.get(bias, "")
     if follows and beside and bias in replace:
-        follows = _same_values(replace[bias], replace.get(beside, replace[bias]), adapters.tensors)
+        follows = same_values(replace[bias], replace.get(beside, replace[bias]), adapters.tensors)
     if not follows:
         return _untied(adapters, names, head, of_embedding, of_head), True
     if mirrored:
@@ -75,7 +99,8 @@ def _settle(adapters: Adapters, names: BaseNames, embedding: str, head: str) -> 
         ref = replace.pop(bias)
         unused += [ref.name] if replace.setdefault(beside, ref) != ref else []
     if same:
-        unused.append(replace.pop(tied).name)
+        copy = replace.pop(tied)
+        unused += [copy.name] if copy != replace[weight] else []
     sites = tuple(others)
     if there in names.base:
         # The file holds both tensors, so what happens to the one must happen to the other.
@@ -95,7 +120,7 @@ def _untied(adapters: Adapters, names: BaseNames, head: str, of_embedding: list[
     if names.untied.get(tied) in names.resized and tied in untied:
         message = (
             f"{adapters.name} resizes {untied[tied]} and unties {tied}, which it does not bring; save it with "
-            "save_embedding_layers=True"
+            "save_embedding_layers=True, or merge into a base that is resized as it was for the training"
         )
         raise MatchError(message)
     beside = names.untied.get(bias)
@@ -133,7 +158,7 @@ def _mirrors(adapters: Adapters, of_head: list[Site], of_embedding: list[Site]) 
     head, embedding, tensors = of_head[0].params, of_embedding[0].params, adapters.tensors
     if _replaces_rows(of_head[0]) and _replaces_rows(of_embedding[0]):
         return of_head[0].method == of_embedding[0].method and all(
-            _same_values(ref, embedding.get(name), tensors) for name, ref in head.items()
+            same_values(ref, embedding.get(name), tensors) for name, ref in head.items()
         )
     if not adapters.config.keeps_tied() or head.keys() != {"lora_A", "lora_B"} or embedding.keys() != head.keys():
         return False  # a magnitude is an output's, and the outputs of the two are not the same
@@ -142,21 +167,6 @@ def _mirrors(adapters: Adapters, of_head: list[Site], of_embedding: list[Site]) 
 
 def _transposed(a: Ref, b: Ref, tensors: Checkpoint) -> bool:
     return a.shape(tensors) == b.shape(tensors)[::-1] and bool((tensors.read(a.name) == tensors.read(b.name).T).all())
-
-
-def _same_values(a: Ref | None, b: Ref | None, tensors: Checkpoint) -> bool:
-    """Whether two whole tensors have equal bytes, compared a few rows at a time."""
-    if a is None or b is None:
-        return False
-    first, second = tensors[a.name], tensors[b.name]
-    if (first.shape, first.code) != (second.shape, second.code):
-        return False
-    rows = first.shape[0]
-    step = max(1, (4 << 20) * rows // max(1, first.nbytes))
-    chunks = (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-    return all(
-        tensors.read_stored(a.name, part).tobytes() == tensors.read_stored(b.name, part).tobytes() for part in chunks
-    )
 
 
 def _onto(site: Site, tensor: str) -> Site:

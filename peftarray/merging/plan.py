@@ -11,13 +11,14 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peftarray.dtypes import StorageDType, storage_dtype
-from peftarray.errors import ConfigError, MatchError, UnsupportedError
+from peftarray.errors import ConfigError, MatchError, ShapeError, UnsupportedError
 from peftarray.formats.adapters import Adapters, Piece, Ref, Site, matrix_rows
+from peftarray.merging.fit import check_fit
 from peftarray.stores.checkpoint import Checkpoint
 from peftarray.stores.safetensors import SafetensorsFile, TensorInfo, header_bytes
 
@@ -153,9 +154,8 @@ def make_plan(
         MatchError: two adapters contradict each other.
         UnsupportedError: a tensor to be changed is not of a floating dtype, or what is asked has no meaning.
     """
+    check_fit(base, [adapter for adapter, _ in adapters])
     contributions = _contributions(adapters)
-    _refuse_untied_and_followed(adapters)
-    _refuse_scaled(base, contributions)
     items: list[_Item] = []
     by_shard: list[tuple[str, int]] = []
     for shard_name, shard in base.shards.items():
@@ -203,37 +203,6 @@ def _contributions(adapters: Sequence[tuple[Adapters, float]]) -> dict[str, tupl
             made = Contribution(adapter, weight, adapter.replace.get(name), tuple(parts[name]), tuple(biases[name]))
             found[name].append(made)
     return {name: tuple(made) for name, made in found.items()}
-
-
-def _refuse_untied_and_followed(adapters: Sequence[tuple[Adapters, float]]) -> None:
-    """One adapter unties the head and another relies on its following the embedding: no merged weights serve both."""
-    untied = {name: source for adapter, _ in adapters for name, source in adapter.untied.items()}
-    for adapter, _ in adapters:
-        changed = {piece.tensor for site in adapter.sites for piece in site.pieces} | set(adapter.replace)
-        for head, embedding in untied.items():
-            if embedding in changed and head not in adapter.untied and head not in changed:
-                message = (
-                    f"{adapter.name} changes the tied {embedding}, and another adapter unties {head}; merge them "
-                    "one after the other"
-                )
-                raise UnsupportedError(message)
-
-
-def _refuse_scaled(base: Checkpoint, changed: Iterable[str]) -> None:
-    """An 8-bit float beside a tensor of scales is not the weight: the product of the two is."""
-    for name in changed:
-        if name not in base or not base[name].code.startswith("F8"):
-            continue
-        module = name.rpartition(".")[0]
-        scales = (f"{name}_scale_inv", f"{name}_scale", f"{module}.scale_weight", f"{name}._scale")
-        found = next((other for other in scales if other in base), None)
-        if found is not None or "quantization_config" in base.config:
-            why = f"{found} scales it" if found else "config.json has a quantization_config"
-            message = (
-                f"{name} is stored as {base[name].code}, and {why}: the base is quantised; merge into the original "
-                "checkpoint, or dequantise it first"
-            )
-            raise UnsupportedError(message)
 
 
 # Code to write, file and tensor to start from, and what changes it; an item has its name before that.
@@ -388,6 +357,9 @@ def _segments(info: TensorInfo, columns: int, contributions: tuple[Contribution,
         for part in contribution.parts:
             edges |= {part.piece.at, part.piece.at + part.piece.rows}
     ends = sorted(edges)
+    if ends[-1] != rows or rows * columns != math.prod(info.shape):
+        message = f"{info.name} is {info.shape}, which cannot be seen as a matrix of {ends[-1]} rows, {columns} columns"
+        raise ShapeError(message)
     by_start: dict[int, list[tuple[int, Part]]] = defaultdict(list)
     for i, contribution in enumerate(contributions):
         for part in contribution.parts:

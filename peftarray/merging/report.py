@@ -198,7 +198,7 @@ class MergeReport:
 
 def _figures(sums: Sums) -> dict[str, Any]:
     return {
-        "update": sums.relative_update,
+        "update": sums.relative_update if math.isfinite(sums.relative_update) else None,  # JSON has no infinity
         "error": sums.error,
         "retained": sums.retained,
         "cosine": sums.cosine,

@@ -1,4 +1,4 @@
-"""What the tests of merging share: tiny checkpoints that are built once, and libraries that ask no hub and keep quiet."""
+"""What the tests of merging share: tiny checkpoints that are built once, and libraries that ask no hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet_and_offline():
-    """Whatever another test imported before: no look-ups, no bars, one thread (the workers of a run share the cores)."""
+    """Whatever was imported before: no look-ups, no bars, one thread (the workers of a run share the cores)."""
     hub = pytest.importorskip("huggingface_hub")
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")

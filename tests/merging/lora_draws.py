@@ -89,8 +89,14 @@ def lora_settings(draw: st.DrawFn, base: Base) -> dict[str, Any]:
 @st.composite
 def _where(draw: st.DrawFn, base: Base, pool: list[Target], everything: bool) -> dict[str, Any]:
     names = st.lists(st.sampled_from([target.name for target in pool]), min_size=1, max_size=4, unique=True)
-    suffixes = st.lists(st.sampled_from(sorted({target.suffix for target in pool})), min_size=1, max_size=3, unique=True)
-    way = draw(st.sampled_from(["suffixes", "names", "pattern", "all-linear"] if everything else ["suffixes", "names"]))
+    suffixes = st.lists(
+        st.sampled_from(sorted({target.suffix for target in pool})), min_size=1, max_size=3, unique=True
+    )
+    ways = ["suffixes", "names"]
+    if everything:
+        # PEFT looks for all linear layers in models of transformers only.
+        ways += ["pattern", "all-linear"] if base.name in TINY else ["pattern"]
+    way = draw(st.sampled_from(ways))
     found: dict[str, Any] = {}
     if way == "all-linear":
         found["target_modules"] = draw(st.sampled_from(["all-linear", "ALL-LINEAR"]))

@@ -151,11 +151,11 @@ class Attention(torch.nn.Module):
         super().__init__()
         self.tokens = torch.nn.Embedding(VOCABULARY, 12)
         self.attn = torch.nn.MultiheadAttention(12, 3, batch_first=True)
-        self.out = torch.nn.Linear(12, 7)
+        self.final = torch.nn.Linear(12, 7)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.tokens(ids)
-        return self.out(self.attn(x, x, x, need_weights=False)[0])
+        return self.final(self.attn(x, x, x, need_weights=False)[0])
 
 
 MODULES: dict[str, Callable[[], torch.nn.Module]] = {
@@ -195,8 +195,7 @@ class Base:
         """What transformers (or torch) makes of another folder with this architecture."""
         if self.name in MODULES:
             return load_module(self.name, folder)
-        model_class = model_class or TINY[self.name].model_class
-        return model_class.from_pretrained(folder, dtype="auto", **settings).eval()
+        return load_model(model_class or TINY[self.name].model_class, folder, **settings)
 
 
 class Bases:
@@ -241,8 +240,7 @@ def _build(name: str, folder: Path, sharded: bool, dtype: torch.dtype | None) ->
         return Base(name, folder, model)
     model.save_pretrained(folder, max_shard_size="20KB" if sharded else "5GB")
     # From the folder, so that PEFT finds the model's configuration where it says that the model comes from.
-    loaded = TINY[name].model_class.from_pretrained(folder, dtype="auto").eval()
-    return Base(name, folder, loaded)
+    return Base(name, folder, load_model(TINY[name].model_class, folder))
 
 
 def _save_module(model: torch.nn.Module, folder: Path, sharded: bool) -> None:
@@ -257,6 +255,14 @@ def _save_module(model: torch.nn.Module, folder: Path, sharded: bool) -> None:
     weight_map = {name: shard for shard, members in shards.items() for name in members}
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def load_model(model_class: Any, folder: Path, **settings: Any) -> torch.nn.Module:
+    """A model of transformers from a folder, in the dtype of its file."""
+    model = model_class.from_pretrained(folder, dtype="auto", **settings).eval()
+    # The fast product over experts knows no float64.
+    model.set_experts_implementation("eager")
+    return model
 
 
 def load_module(name: str, folder: Path) -> torch.nn.Module:
