@@ -44,8 +44,6 @@ STANDS_ON = {
     "merging": "formats",
     "inspection": "formats",
     "plots": "inspection",
-    "inspection": "formats",
-    "plots": "inspection",
     "testing": "formats",
     "peftarray": "autodiff inspection merging models testing training",
     "demo": "peftarray",

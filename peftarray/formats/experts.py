@@ -59,6 +59,9 @@ def expert_sites(
     for parameter, depth in zip(parameters, sorted(groups, reverse=True), strict=True):
         tensor = f"{module}.{parameter}"
         shape = names.shape(tensor)
+        if len(shape) not in (2, 3) or not shape[0]:
+            message = f"{tensor} is {shape}; only matrices and stacks of them can be adapted as parameters"
+            raise ShapeError(message)
         experts, rows, columns = shape if len(shape) == 3 else (1, *shape)
         stacked_in_out = names.stored_transposed(parameter)
         logical = (columns, rows) if stacked_in_out else (rows, columns)

@@ -144,7 +144,7 @@ class BaseNames:
             if any(path.startswith(prefix) for path in self._paths):
                 candidates.append(Alignment(added=prefix))
         scores = [sum(self._fits(key, candidate) for key in pool) for candidate in candidates]
-        if not max(scores, default=0):
+        if not max(scores, default=0) and not any(self.head_in(key, None) for key in pool):
             message = (
                 f"none of the adapter's {len(pool)} tensors names a module of {self.base.path} (the first is "
                 f"{pool[0] if pool else 'none'}){nearest(pool[0], self.modules) if pool else ''}; check that "

@@ -122,7 +122,7 @@ def _sort(
             continue
         aligned = alignment.to_base(path)
         split = names.split(aligned)
-        head = names.head_in(path, split and split.module)
+        head = names.head_in(path, split.module if split is not None else None)
         if head is not None and names.may_be_tied():
             names.untie(head)
             split = names.split(path)
@@ -280,16 +280,19 @@ def _token_sites(
             raise ConfigError(message)
         method = TrainableTokensConfig(token_indices=list(rows)).at(path)
         tensor = f"{module}.weight"
-        if max(rows) >= names.shape(tensor)[0]:
+        shape = names.shape(tensor) if tensor in names.places else ()
+        if len(shape) != 2:
+            what = f"its weight has the shape {shape}" if tensor in names.places else "it has no weight"
+            message = f"{path}: {key} is for rows of an embedding; in {names.base.path} {what}"
+            raise ShapeError(message)
+        if max(rows) >= shape[0]:
             message = (
                 f"{path}: trainable_token_indices go up to {max(rows)}; this embedding of {names.base.path} has "
-                f"{names.shape(tensor)[0]} rows, and the adapter brings no larger one; save it with "
+                f"{shape[0]} rows, and the adapter brings no larger one; save it with "
                 "save_embedding_layers=True, or resize the base first"
             )
             raise ShapeError(message)
-        sites.append(
-            Site(Layer(path, "embedding", names.shape(tensor)), method, {_TOKENS: Ref(key)}, names.pieces(tensor))
-        )
+        sites.append(Site(Layer(path, "embedding", shape), method, {_TOKENS: Ref(key)}, names.pieces(tensor)))
     return sites
 
 

@@ -83,6 +83,7 @@ def _settle(adapters: Adapters, names: BaseNames, embedding: str, head: str) -> 
     if disk in names.resized and tied not in replace and not is_saved(embedding, adapters.config):
         # Not a trained copy of the embedding, but the matrix of both.
         replace[tied] = replace[weight]
+        names.resized[there] = names.resized[disk]
         adapters = dataclasses.replace(adapters, replace=replace)
     mirrored = _mirrors(adapters, of_head, of_embedding)
     same = same_values(replace.get(weight), replace.get(tied), adapters.tensors)
@@ -116,19 +117,20 @@ def _untied(adapters: Adapters, names: BaseNames, head: str, of_embedding: list[
     replace = dict(adapters.replace)
     if tied not in names.base:
         names.untie(head)
-    untied = {name: source for name, source in names.untied.items() if name not in replace}
-    if names.untied.get(tied) in names.resized and tied in untied:
+    source = names.untied.get(tied)
+    if source in names.resized and tied not in replace:
         message = (
-            f"{adapters.name} resizes {untied[tied]} and unties {tied}, which it does not bring; save it with "
+            f"{adapters.name} resizes {source} and unties {tied}, which it does not bring; save it with "
             "save_embedding_layers=True, or merge into a base that is resized as it was for the training"
         )
         raise MatchError(message)
     beside = names.untied.get(bias)
-    if beside in replace and bias in untied:
-        replace[bias] = replace[beside]
-        del untied[bias]
-    elif bias in replace and bias in names.untied and replace[bias].shape(adapters.tensors) != names.base[beside].shape:
-        replace.setdefault(beside, replace[bias])
+    if beside is not None and beside in replace:
+        replace.setdefault(bias, replace[beside])
+    elif beside is not None and bias in names.resized:
+        replace[beside] = replace[bias]
+    # What the adapter brings in another shape does not start as anything.
+    untied = {name: start for name, start in names.untied.items() if name not in names.resized}
     there = names.places[tied][0].disk
     # Rows that are trained as tokens are so in the head too, below what it has of its own.
     rows = [] if tied in replace or any(map(_replaces_rows, of_head)) else list(filter(_replaces_rows, of_embedding))

@@ -234,7 +234,7 @@ def _tile_rows(output: Output, merger: SegmentMerger | None, whole: bool, segmen
     return max(1, _TILE // max(1, output.columns) // step) * step
 
 
-@np.errstate(over="ignore", invalid="ignore")
+@np.errstate(all="ignore")  # what is not finite is found in the result
 def _merge_rows(
     output: Output,
     merger: SegmentMerger | None,

@@ -33,7 +33,9 @@ def _check_site(site: Site, base: Checkpoint) -> None:
         names = ", ".join(piece.tensor for piece in site.pieces)
         message = f"{site.layer.name} has {rows} rows, and {names} in {base.path} have {found}; the base is damaged"
         raise ShapeError(message)
-    if "bias" in site.method.touches(site.layer) and site.bias in base and base[site.bias].shape != (site.layer.out,):
+    if site.bias is None or site.bias not in base or "bias" not in site.method.touches(site.layer):
+        return
+    if base[site.bias].shape != (site.layer.out,):
         message = f"{site.bias} is {base[site.bias].shape}, and its layer has {site.layer.out} outputs; they must agree"
         raise ShapeError(message)
 

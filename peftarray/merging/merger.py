@@ -95,6 +95,8 @@ def merge(
     for adapter, _ in pairs:
         _check_numbers(adapter)
     report = _planned(plan, target, workers, dry_run=dry_run)
+    idle = tuple(f"{adapter.name} has the scale 0 and changes nothing" for adapter, weight in pairs if not weight)
+    report = replace(report, notes=(*report.notes, *idle))
     if dry_run:
         return replace(report, seconds=time.perf_counter() - started)
     partial = _partial(target)

@@ -155,6 +155,8 @@ def make_plan(
         UnsupportedError: a tensor to be changed is not of a floating dtype, or what is asked has no meaning.
     """
     check_fit(base, [adapter for adapter, _ in adapters])
+    # One of no weight leaves everything as it is, the sign of a zero included.
+    adapters = [(adapter, weight) for adapter, weight in adapters if weight]
     contributions = _contributions(adapters)
     items: list[_Item] = []
     by_shard: list[tuple[str, int]] = []

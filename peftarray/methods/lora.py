@@ -31,6 +31,16 @@ _tokens = Rule(
     lambda value: value is None or _rows.allows(value) or mapping_of(_rows).allows(value),
     "None, a list of token numbers, or a mapping from module names to such lists",
 )
+_SIDES = ("target_modules_bd_a", "target_modules_bd_b")
+_blocks = Rule(
+    # A tuple is what `at` makes of it for one module; no file holds one.
+    lambda value: (
+        value is None
+        or isinstance(value, tuple)
+        or (isinstance(value, Mapping) and all(name_list.allows(value.get(side)) for side in _SIDES))
+    ),
+    f"None or a mapping with {' and '.join(_SIDES)} (lists of names), nblocks and match_strict",
+)
 _init = Rule(
     lambda value: (
         type(value) is bool
@@ -93,7 +103,7 @@ class LoraConfig(LowRank):
     target_parameters: list[str] | tuple[str, ...] | None = setting(None, name_list)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(None, _tokens)
     ensure_weight_tying: bool = setting(False, boolean)
-    use_bdlora: Mapping[str, Any] | tuple[str, int] | None = None
+    use_bdlora: Mapping[str, Any] | tuple[str, int] | None = setting(None, _blocks)
     kasa_config: Mapping[str, Any] | bool | None = None
     loftq_config: Mapping[str, Any] | None = None
     eva_config: Mapping[str, Any] | None = None
@@ -280,7 +290,7 @@ def _needs_initialiser(seed: int, stream: str, shape: tuple[int, ...]) -> Never:
 
 def _block_side(config: Mapping[str, Any], name: str) -> tuple[str, int] | None:
     """Which factor of the module called `name` is block-diagonal, and in how many blocks."""
-    unknown = set(config) - {"target_modules_bd_a", "target_modules_bd_b", "nblocks", "match_strict"}
+    unknown = set(config) - {*_SIDES, "nblocks", "match_strict"}
     blocks = config.get("nblocks", 1)
     if unknown or type(blocks) is not int or blocks < 1:
         message = (

@@ -207,14 +207,13 @@ class SafetensorsFile:
         if os.fstat(self._descriptor).st_size < begin + count:
             message = f"{self.path} was truncated while it was read; it ended before byte {begin + count}"
             raise FormatError(message)
-        if not count or begin % dtype.itemsize:
+        shift = begin % mmap.ALLOCATIONGRANULARITY
+        pages = self._map(begin - shift, count + shift) if count and not begin % dtype.itemsize else None
+        if pages is None:
             array = np.empty(shape, dtype)
             self.read_into(array, begin)
             yield array
             return
-        shift = begin % mmap.ALLOCATIONGRANULARITY
-        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-        pages = mmap.mmap(self._descriptor, count + shift, flags, mmap.PROT_READ, offset=begin - shift)
         try:
             array = np.frombuffer(pages, np.uint8, count, shift).view(dtype).reshape(shape)
             yield array
@@ -223,6 +222,13 @@ class SafetensorsFile:
             # An array that outlives the block keeps the pages; they go when it does.
             with suppress(BufferError):
                 pages.close()
+
+    def _map(self, begin: int, count: int) -> mmap.mmap | None:
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        try:
+            return mmap.mmap(self._descriptor, count, flags, mmap.PROT_READ, offset=begin)
+        except OSError:  # a file system that cannot map
+            return None
 
     def read(self, info: TensorInfo, rows: slice | None = None) -> np.ndarray:
         """A tensor, or a range of its first axis, as an array of its storage dtype."""

@@ -15,7 +15,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def quiet_and_offline():
     """Whatever was imported before: no look-ups, no bars, one thread (the workers of a run share the cores)."""
     hub = pytest.importorskip("huggingface_hub")
@@ -28,7 +28,7 @@ def quiet_and_offline():
 
 
 @pytest.fixture(scope="session")
-def bases(tmp_path_factory):
+def bases(quiet_and_offline, tmp_path_factory):
     """`bases(name, sharded=False, dtype=None)`: a tiny base with its folder, built at its first use."""
     tiny_models = pytest.importorskip("tiny_models")
     return tiny_models.Bases(tmp_path_factory.mktemp("bases"))

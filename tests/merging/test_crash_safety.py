@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import shutil
 import signal
@@ -282,6 +284,35 @@ def test_another_merge_does_not_take_over_what_only_lacks_the_last_step(small, u
 def test_unfinished_result_is_no_base(small, unnamed, tmp_path):
     with pytest.raises(pa.FormatError, match="did not finish"):
         pa.merge(unnamed, small[1], tmp_path / "further")
+
+
+def test_base_that_is_cut_while_it_is_read(small, tmp_path):
+    """The result is incomplete, and what was finished is kept for when the file is whole again."""
+    last = sorted(small[0].glob("*.safetensors"))[-1]
+    whole = last.read_bytes()
+
+    def progress(nbytes, name):
+        os.truncate(last, 8)
+
+    with pytest.raises(pa.PeftError, match=r"truncated|ended at byte"):
+        pa.merge(*small, tmp_path / "out", progress=progress, threads=1)
+    assert not (tmp_path / "out").exists()
+    last.write_bytes(whole)
+    with pytest.raises(pa.OutputError, match="other inputs"):  # it was written anew, and may be another
+        pa.merge(*small, tmp_path / "out")
+
+
+@pytest.mark.parametrize("call", ["mmap", "copy_file_range"])
+def test_file_system_that_lacks_the_short_way(small, tmp_path, monkeypatch, call):
+    """No mappings, or no copies inside the kernel: the merge reads and writes instead."""
+
+    def refuse(*arguments, **options):
+        raise OSError(errno.ENODEV if call == "mmap" else errno.EXDEV, "not here")
+
+    monkeypatch.setattr(mmap if call == "mmap" else os, call, refuse)
+    pa.merge(*small, tmp_path / "out", verify=True)
+    monkeypatch.undo()
+    assert pa.verify(*small, tmp_path / "out").passed
 
 
 def test_out_that_came_into_being_meanwhile(small, tmp_path):

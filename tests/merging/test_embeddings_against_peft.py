@@ -1,7 +1,7 @@
 """Embeddings and heads, tied and untied, resized and not: the merged checkpoint computes what the live PEFT model does.
 
-PEFT's own merge is no oracle here: it adds what is meant for one of two tied matrices to both. So transformers loads the
-merged folder, and its outputs are compared with those of the model that was never merged.
+PEFT's own merge is no oracle here: it adds what is meant for one of two tied matrices to both. So transformers loads
+the merged folder, and its outputs are compared with those of the model that was never merged.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def test_a_resized_vocabulary_comes_from_the_adapter(bases, tmp_path, name, how,
     batch = {key: ids % rows for key, ids in base.batch().items()}
     wanted = outputs(live, batch)
     if (name, how) in LOST:
-        with pytest.raises(pa.MatchError, match="resize|check r"):
+        with pytest.raises(pa.MatchError, match=r"resize|check r"):
             pa.merge(base.folder, tmp_path / "adapter", tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return
@@ -223,7 +223,7 @@ def test_an_embedding_that_only_a_tie_puts_into_the_file_is_refused(bases, tmp_p
     """T5 has three modules for one tensor; a change of one of them alone has no place in its checkpoint."""
     base = bases("t5")
     adapt(base, peft.LoraConfig(r=2, target_modules=["q", target]), tmp_path / "adapter")
-    with pytest.raises(pa.MatchError, match="embed_tokens.lora_embedding_A"):
+    with pytest.raises(pa.MatchError, match=r"embed_tokens\.lora_embedding_A"):
         pa.merge(base.folder, tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -233,7 +233,9 @@ def test_a_resized_head_that_the_adapter_does_not_bring_is_refused(bases, tmp_pa
     model = base.fresh()
     with quiet():
         model.resize_token_embeddings(VOCABULARY + 7, mean_resizing=False)
-        live = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+        live = peft.get_peft_model(
+            model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+        )
         live.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     with pytest.raises(pa.MatchError, match="save_embedding_layers=True"):
         pa.merge(base.folder, tmp_path / "adapter", tmp_path / "out")

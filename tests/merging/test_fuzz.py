@@ -126,6 +126,28 @@ def test_every_field_with_every_odd_value(worlds, world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_damaged_result(worlds, world):
+    """`verify` finds what was done to a result, or refuses to read it."""
+    place, _ = worlds(world)
+    pa.merge(place / "base", place / "adapter", place / "out")
+    sound = {path: path.read_bytes() for path in (place / "out").iterdir()}
+    passed = 0
+    for seed in range(2 * CASES):
+        rng = np.random.default_rng(seed)
+        path = any_file(place / "out", "*.safetensors" if seed % 4 else "[cm]*.json", rng)
+        (damage_json if path.suffix == ".json" or seed % 2 else damage_bytes)(path, rng)
+        try:
+            passed += pa.verify(place / "base", place / "adapter", place / "out").passed
+        except pa.PeftError:
+            pass
+        except BaseException as error:
+            error.add_note(f"case: {world, seed}")
+            raise
+        path.write_bytes(sound[path])
+    assert passed < CASES, "most of this damage is to bytes that matter"
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_options(worlds, world):
     """Sound inputs and any options: each merge is verified, by the merge itself or after it."""
     for seed in range(CASES):

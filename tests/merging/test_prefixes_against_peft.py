@@ -1,4 +1,4 @@
-"""An adapter and a base that were saved from different classes of one architecture: names differ by a prefix, or a head."""
+"""An adapter and a base from different classes of one architecture: their names differ by a prefix, or a head."""
 
 from __future__ import annotations
 
@@ -53,9 +53,7 @@ def test_the_adapter_of_a_head_on_a_bare_base(bases, tmp_path, name, kind, prefi
     report = pa.merge(base.folder, tmp_path / "adapter", tmp_path / "out")
     reference = merged_by_peft(live, tmp_path / "reference")
     kept = {key: tensor for key, tensor in reference.items() if not key.startswith(head)}
-    assert_same_weights(
-        report, base.folder, tmp_path / "out", kept, rename=lambda key: key.removeprefix(prefix)
-    )
+    assert_same_weights(report, base.folder, tmp_path / "out", kept, rename=lambda key: key.removeprefix(prefix))
     assert_config(base.folder, tmp_path / "out")
 
 
@@ -123,6 +121,6 @@ def test_a_head_that_was_never_saved_is_refused(bases, tmp_path):
     with quiet():
         model = load_model(TINY["bert"].model_class, base.folder)
     adapt(base, peft.LoraConfig(r=2, target_modules=["query", "classifier"]), tmp_path / "adapter", model)
-    with pytest.raises(pa.MatchError, match="2 of 6 adapter tensors have no place.*classifier"):
+    with pytest.raises(pa.MatchError, match=r"2 of 6 adapter tensors have no place.*classifier"):
         pa.merge(base.folder, tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()

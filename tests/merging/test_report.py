@@ -119,9 +119,12 @@ def test_update_of_zero_is_called_empty(tmp_path, cli):
     assert read_tensors(out)[f"{NAME}.weight"].tobytes() == np.array(WEIGHT).astype(BF16).tobytes()
 
 
-def test_scale_of_zero_is_called_empty(tmp_path):
+def test_scale_of_zero_is_said_to_change_nothing(tmp_path):
     base, adapter, out = write_pair(tmp_path, WEIGHT, UPS, DOWNS)
-    assert len(pa.merge(base, adapter, out, scale=0).empty) == 1
+    report = pa.merge(base, adapter, out, scale=0)
+    assert report.tensors == ()
+    assert any("has the scale 0 and changes nothing" in note for note in report.notes)
+    assert read_tensors(out)[f"{NAME}.weight"].tobytes() == np.array(WEIGHT).astype(BF16).tobytes()
 
 
 def test_infinite_entries_of_the_base_are_counted(tmp_path):

@@ -1,4 +1,4 @@
-"""What PEFT makes of LoRA: block-diagonal factors, KaSA, initial values, training aids, and a saved change of the base."""
+"""What PEFT makes of LoRA: block-diagonal factors, KaSA, initial values, training aids, and a change of the base."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_variants_of_the_update(bases, tmp_path, variant):
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_an_adapter_that_was_converted_to_the_original_base(bases, tmp_path, init, rslora):
-    """These change the base before training; PEFT can save them as an adapter of twice the rank for the base as it was."""
+    """These change the base before training; PEFT can save an adapter of twice the rank for the base as it was."""
     base = bases("llama")
     config = peft.LoraConfig(
         r=3,
