@@ -105,8 +105,12 @@ def _is_finished(shard: Shard, journal: Journal) -> bool:
 def _open(path: Path, shard: Shard) -> _Target:
     with _disk_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        _write_all(descriptor, memoryview(shard.header), 0, path)
-        os.ftruncate(descriptor, shard.nbytes)
+        try:
+            _write_all(descriptor, memoryview(shard.header), 0, path)
+            os.ftruncate(descriptor, shard.nbytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
     return _Target(path, descriptor, {}, threading.Lock())
 
 

@@ -258,7 +258,9 @@ class LoraConfig(LowRank):
 
     @staticmethod
     def _gain(p: Params, direction: Array) -> Array:
-        return p["magnitude"] / namespace(direction).linalg.vector_norm(direction, axis=1)
+        norm = namespace(direction).linalg.vector_norm(direction, axis=1)
+        # norm / norm is 1, or NaN where the norm overflowed or is zero: then the row has no direction, and must not be 0.
+        return p["magnitude"] / norm * (norm / norm)
 
     def _init_down(self, layer: Layer) -> Draw:
         if self.init_lora_weights not in (True, False, "gaussian"):
