@@ -43,5 +43,6 @@ def test_any_configuration_merges_to_what_peft_merges(bases, name, data):
         reference = merged_by_peft(live, folder / "reference")
         assert_same_weights(report, base.folder, folder / "out", reference)
         # The largest scales that are drawn make T5 multiply a rounding error by a thousand.
-        assert_same_outputs(loaded_outputs(base, folder / "out"), wanted, tolerance=1e-3)
+        tolerance = 1e-3 if name == "t5" else 1e-4
+        assert_same_outputs(loaded_outputs(base, folder / "out"), wanted, tolerance=tolerance)
         assert_config(base.folder, folder / "out")
