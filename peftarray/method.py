@@ -51,6 +51,7 @@ class Param:
         frozen: not trained.
         shared: the name that layers share it under, None where each layer has its own.
         stored: whether a file holds it; if not, `derive` makes it.
+        disk: its name in PEFT's files where that is not its name here: `"lora_A.weight"`, `"lora_embedding_A"`.
     """
 
     axes: str
@@ -59,6 +60,7 @@ class Param:
     frozen: bool = False
     shared: str | None = None
     stored: bool = True
+    disk: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +167,11 @@ class AdapterConfig(ABC):
     def scale(self) -> float:
         """What the product or sum that makes the update is multiplied by."""
         return 1.0
+
+    @property
+    def starts_as_identity(self) -> bool:
+        """Whether `init` makes an adapter that leaves the weight as it is, but for rounding."""
+        return True
 
     # What a reader of files asks; the answers are facts about the configuration.
 

@@ -136,6 +136,10 @@ class LoraConfig(LowRank):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
+    def starts_as_identity(self) -> bool:
+        return self.init_lora_weights is not False and not self.kasa_config
+
+    @property
     def tiles(self) -> str:
         return "out" if self.use_dora else "out in"
 
@@ -153,9 +157,12 @@ class LoraConfig(LowRank):
         kernel = "".join(f" k{i}" for i in range(len(layer.kernel)))
         side, blocks = self.use_bdlora if isinstance(self.use_bdlora, tuple) else ("", 1)
         fan_in, rank = layer.shape[1] // (blocks if side == "a" else 1), self.r // (blocks if side == "b" else 1)
-        lora_A = Param("r cin" + kernel if kernel else "r in", (self.r, fan_in, *layer.kernel), self._init_down(layer))
-        lora_B = Param("out r" + kernel, (layer.out, rank, *ones), self._init_up(layer))
-        table = {"lora_A": lora_A, "lora_B": lora_B}
+        down, up = "r cin" + kernel if kernel else "r in", "out r" + kernel
+        disk = "lora_embedding_{}" if layer.kind == "embedding" else "lora_{}.weight"
+        table = {
+            "lora_A": Param(down, (self.r, fan_in, *layer.kernel), self._init_down(layer), disk=disk.format("A")),
+            "lora_B": Param(up, (layer.out, rank, *ones), self._init_up(layer), disk=disk.format("B")),
+        }
         if self.lora_bias:
             table["lora_B.bias"] = Param("out", (layer.out,), random.zeros)
         if self.use_dora:
