@@ -7,7 +7,7 @@ Everything about names ends in a reader; everything about bytes starts in the me
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,6 +118,7 @@ class Adapters:
         unused: tensors that play no part in the merged weights (training state, copies of tied factors).
         unmatched: tensors and targets without a counterpart, which the caller chose to allow.
         notes: facts that the report should tell.
+        shared: what layers share, by its name and dtype, once it was read or derived for the first of them.
     """
 
     name: str
@@ -130,6 +131,28 @@ class Adapters:
     unused: tuple[str, ...] = ()
     unmatched: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    shared: dict[tuple[str, np.dtype], np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+
+    def params(self, site: Site, dtype: np.dtype, weight: Callable[[], np.ndarray]) -> dict[str, np.ndarray]:
+        """The arrays of a site: those of the file, and those that its method derives.
+
+        Args:
+            site: one of this adapter's.
+            dtype: what to compute in.
+            weight: gives the base weight as the method sees it; asked only if the method reads it.
+        """
+        table = site.method.params(site.layer)
+        keys = {name: (row.shared, dtype) for name, row in table.items() if row.shared is not None}
+        found = {name: self.shared[key] for name, key in keys.items() if key in self.shared}
+        found |= {name: ref.read(self.tensors, dtype) for name, ref in site.params.items() if name not in found}
+        if len(found) < len(table):
+            reads = site.method.reads_base(site.layer)
+            base = weight() if reads else np.empty((0, site.layer.fan_in), dtype)
+            made = site.method.derive(site.layer, found, base)
+            found |= {name: array.astype(dtype, copy=False) for name, array in made.items()}
+        # Several threads may make the same; whichever they keep is right.
+        self.shared.update({key: found[name] for name, key in keys.items()})
+        return found
 
 
 def matrix_rows(shape: tuple[int, ...], columns: int) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
-from peftarray.arrays import Array, Params
+from peftarray.arrays import Params
 from peftarray.dtypes import decode, encode
 from peftarray.errors import NumberError
 from peftarray.formats.adapters import Ref, Site
@@ -79,10 +80,7 @@ class SegmentMerger:
         return self._prepared
 
     def _prepare(self, site: Site, contribution: Contribution) -> Callable[[int, int], Params]:
-        tensors = contribution.adapters.tensors
-        raw: dict[str, Array] = {name: ref.read(tensors, self.compute) for name, ref in site.params.items()}
-        if site.method.reads_base(site.layer):
-            raw |= site.method.derive(site.layer, raw, self._whole(site))
+        raw = contribution.adapters.params(site, self.compute, partial(self._whole, site))
         p = site.method.prepare(raw, site.layer)
         if site.row_axis not in site.method.tiles.split():
             return lambda start, stop: p

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from peftarray.dtypes import StorageDType, encode
 from peftarray.errors import ConfigError
-from peftarray.formats.adapters import Adapters, Ref
 from peftarray.merging.merger import PathLike, open_inputs
 from peftarray.merging.plan import Contribution, Output, Part, Plan, Segment, make_plan
 from peftarray.stores.checkpoint import Checkpoint
@@ -224,16 +224,13 @@ def _one(
         value = _read(tensors.shard_of(info.name), info, begin, base.shape)
         terms = np.abs(value)
     for site in contribution.biases:
-        raw = _params(site.params, contribution.adapters)
+        raw = {name: ref.read(tensors, np.dtype(np.float64)) for name, ref in site.params.items()}
         value = site.method.effective_bias(raw, value.reshape(-1), None, site.layer).reshape(base.shape)
         terms = terms + np.abs(value)
     for part in contribution.parts:
         site, piece = part.site, part.piece
-        raw = _params(site.params, contribution.adapters)
+        raw = contribution.adapters.params(site, np.dtype(np.float64), partial(_whole, part, output))
         flip = site.layer.transposed
-        if site.method.reads_base(site.layer):
-            whole = _read(output.source, output.info, piece.at, site.stored_matrix)
-            raw |= site.method.derive(site.layer, raw, whole.T if flip else whole)
         p = site.method.prepare(raw, site.layer)
         if site.row_axis in site.method.tiles.split():
             start = piece.start + begin - piece.at
@@ -248,12 +245,9 @@ def _one(
     return value, value - base, terms
 
 
-def _params(refs: Any, adapters: Adapters) -> dict[str, Any]:
-    return {name: _param(ref, adapters) for name, ref in refs.items()}
-
-
-def _param(ref: Ref, adapters: Adapters) -> np.ndarray:
-    return ref.read(adapters.tensors, np.dtype(np.float64))
+def _whole(part: Part, output: Output) -> np.ndarray:
+    stored = _read(output.source, output.info, part.piece.at, part.site.stored_matrix)
+    return stored.T if part.site.layer.transposed else stored
 
 
 def _read(file: Any, info: TensorInfo, begin: int, shape: tuple[int, int]) -> np.ndarray:
