@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from peftarray.method import Param as Param
     from peftarray.method import Transform as Transform
     from peftarray.methods import METHODS as METHODS
+    from peftarray.methods import LoHaConfig as LoHaConfig
+    from peftarray.methods import LoKrConfig as LoKrConfig
     from peftarray.methods import LoraConfig as LoraConfig
     from peftarray.methods import TrainableTokensConfig as TrainableTokensConfig
 
@@ -46,7 +48,7 @@ _HOMES = {
     "layers": "Layer Window",
     "merging": "MergeReport Verification merge verify",
     "method": "AdapterConfig Additive LowRank Param Transform",
-    "methods": "METHODS LoraConfig TrainableTokensConfig",
+    "methods": "METHODS LoHaConfig LoKrConfig LoraConfig TrainableTokensConfig",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

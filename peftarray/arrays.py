@@ -14,7 +14,18 @@ import numpy as np
 
 from peftarray.errors import PeftError
 
-__all__ = ["Array", "Params", "constant", "device", "integers", "namespace", "thin_product", "to_host"]
+__all__ = [
+    "Array",
+    "Params",
+    "constant",
+    "device",
+    "integers",
+    "namespace",
+    "stop_gradient",
+    "thin_product",
+    "to_host",
+    "wide",
+]
 
 Array = Any
 Params = Mapping[str, Array]
@@ -83,10 +94,37 @@ def constant(values: np.ndarray, like: Array) -> Array:
     return namespace(like).asarray(values, dtype=like.dtype, device=device(like))
 
 
+def wide(like: Array) -> Array:
+    """`like`, or an array of its library and device with float32 in place of a shorter dtype."""
+    if getattr(like.dtype, "itemsize", 4) >= 4:
+        return like
+    xp = namespace(like)
+    return xp.zeros((), dtype=xp.float32, device=device(like))
+
+
 def integers(values: Sequence[int], like: Array) -> Array:
     """Whole numbers as an index array of the library and device of `like`."""
     xp = namespace(like)
     return xp.asarray(np.asarray(values, np.int64), device=device(like))
+
+
+def stop_gradient(array: Array) -> Array:
+    """The same values as a constant of the gradient; the array itself where its library traces none.
+
+    An array that stands for others brings its own way by the method `__stop_gradient__`.
+    """
+    own = getattr(type(array), "__stop_gradient__", None)
+    if own is not None:
+        return own(array)
+    if isinstance(array, np.ndarray):
+        return array
+    if _shim().is_torch_array(array):
+        return array.detach()
+    if _shim().is_jax_array(array):
+        import jax
+
+        return jax.lax.stop_gradient(array)
+    return array
 
 
 def thin_product(up: Array, down: Array) -> Array:
@@ -115,7 +153,12 @@ def to_host(array: Array) -> np.ndarray:
     if isinstance(array, np.ndarray):
         return array
     if _shim().is_torch_array(array):
-        return array.detach().cpu().numpy()
+        array = array.detach().cpu()
+        if str(array.dtype) == "torch.bfloat16":  # which NumPy lacks: by its bits
+            import ml_dtypes
+
+            return array.view(namespace(array).int16).numpy().view(ml_dtypes.bfloat16)
+        return array.numpy()
     if hasattr(array, "get"):  # CuPy refuses implicit conversion, by design
         return array.get()
     xp = namespace(array)

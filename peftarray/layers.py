@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 from peftarray.arrays import Array, namespace
 from peftarray.errors import ShapeError
 
-__all__ = ["Kind", "Layer", "Window", "contract", "expand", "scale_outputs"]
+__all__ = [
+    "Kind",
+    "Layer",
+    "Peers",
+    "Window",
+    "contract",
+    "expand",
+    "pays",
+    "scale_outputs",
+    "through",
+    "tucker_factor",
+]
 
 Kind = Literal["linear", "embedding", "conv"]
 
@@ -30,6 +42,15 @@ class Window:
     groups: int = 1
 
 
+class Peers(tuple["Layer", ...]):
+    """Every layer that one adapter is on."""
+
+    @cached_property
+    def largest(self) -> tuple[int, int]:
+        """The most outputs, and the most inputs, that one of them has."""
+        return max(layer.out for layer in self), max(layer.fan_in for layer in self)
+
+
 @dataclass(frozen=True)
 class Layer:
     """What a method knows of the layer whose weight it adapts. Always the whole layer, also while a tile is worked on.
@@ -42,7 +63,8 @@ class Layer:
         transposed: whether the stored weight is the transpose, `(in, out)`: transformers' Conv1D, embeddings.
         bias: whether the layer has a bias.
         window: of a convolution.
-        peers: every layer of this adapter in the model's order, where a method needs to know them.
+        dtype: what the model stores the weight in, such as `"bfloat16"`; empty where that is not known.
+        peers: every layer of this adapter, where a method needs to know them.
     """
 
     name: str
@@ -51,7 +73,8 @@ class Layer:
     transposed: bool = False
     bias: bool = False
     window: Window = Window()
-    peers: tuple[Layer, ...] = ()
+    dtype: str = ""
+    peers: Peers = field(default_factory=Peers)
 
     @property
     def out(self) -> int:
@@ -113,6 +136,36 @@ def expand(hidden: Array, matrix: Array, layer: Layer) -> Array:
     xp = namespace(hidden, matrix)
     flat = xp.reshape(hidden, (*hidden.shape[:2], -1))
     return xp.reshape(matrix @ flat, (hidden.shape[0], matrix.shape[0], *hidden.shape[2:]))
+
+
+def through(x: Array, down: Array, up: Array, layer: Layer) -> Array:
+    """Activations through two factors, `down (r, fan_in)` and `up (out, r)`, in place of the layer's matrix."""
+    groups = layer.window.groups
+    if groups == 1:
+        return expand(contract(x, down, layer), up, layer)
+    # All groups share `down`, and each has its own rows of `up`.
+    xp = namespace(x, down, up)
+    batch, rank = x.shape[0], up.shape[1]
+    apart = replace(layer, window=replace(layer.window, groups=1))
+    hidden = contract(xp.reshape(x, (batch * groups, layer.shape[1], *x.shape[2:])), down, apart)
+    outputs = xp.reshape(up, (groups, -1, rank)) @ xp.reshape(hidden, (batch, groups, rank, -1))
+    return xp.reshape(outputs, (batch, up.shape[0], *hidden.shape[2:]))
+
+
+def pays(multiplications: int, layer: Layer) -> bool:
+    """Whether a path of its own for the update pays, with so many multiplications an output position.
+
+    Training runs them three times. The other way is one product with the sum of base and update; what that adds is the
+    gradient of a whole weight.
+    """
+    return 3 * multiplications <= layer.out * layer.fan_in
+
+
+def tucker_factor(core: Array, inner: Array) -> Array:
+    """A Tucker core `(n, r, *kernel)` and its input factor `(r, in)` as one factor `(n, in * kernel)`."""
+    rank = inner.shape[0]
+    taps = namespace(core, inner).reshape(core, (core.shape[0], rank, -1))
+    return namespace(core, inner).reshape(inner.mT @ taps, (core.shape[0], -1))
 
 
 def scale_outputs(y: Array, gain: Array, layer: Layer) -> Array:

@@ -23,9 +23,9 @@ from typing import Any, ClassVar, Self
 
 from peftarray import patterns
 from peftarray.adapter import Adapter
-from peftarray.arrays import Array, Params, constant, device, namespace, thin_product
+from peftarray.arrays import Array, Params, constant, thin_product, wide
 from peftarray.errors import ConfigError, MatchError, ShapeError, UnsupportedError, nearest
-from peftarray.layers import Kind, Layer, Window, contract, expand
+from peftarray.layers import Kind, Layer, Window, contract, through
 from peftarray.random import Draw
 from peftarray.settings import boolean, check_settings, indices, name_list, names, setting, text
 
@@ -78,6 +78,8 @@ class AdapterConfig(ABC):
     training_only: ClassVar[tuple[str, ...]] = ()
     """Tensors in a file that begin with one of these play no part in the effective weight."""
     kinds: ClassVar[tuple[Kind, ...]] = ("linear",)
+    reads_peers: ClassVar[bool] = False
+    """Whether its arrays depend on which other layers the adapter is on, so that `layer.peers` must hold them."""
     embedding_transposed: ClassVar[bool] = False
     """Whether the method sees an embedding `(vocab, dim)` as the linear map `(dim, vocab)`."""
 
@@ -117,7 +119,13 @@ class AdapterConfig(ABC):
         """The table: every array of this method on a layer."""
 
     def derive(self, layer: Layer, p: Params, w: Array) -> dict[str, Array]:
-        """Arrays that a file may leave out: from a seed, from `layer.peers`, or from the base weight `w`."""
+        """Arrays that a file may leave out: from a seed, from `layer.peers`, or from the base weight `w`.
+
+        Args:
+            layer: the layer.
+            p: the arrays that are there.
+            w: the base weight; without rows where `reads_base` is false, and what it is made of counts all the same.
+        """
         return {}
 
     def reads_base(self, layer: Layer) -> bool:
@@ -317,7 +325,7 @@ class AdapterConfig(ABC):
                 continue
             shape = tuple(n or 0 for n in param.shape)
             stream = param.shared or f"{layer.name}/{name}"
-            made[name] = constant(param.init(seed, stream, shape), _wide(like))
+            made[name] = constant(param.init(seed, stream, shape), wide(like))
         return made | self.derive(layer, made, layer.view(like))
 
     def init(
@@ -351,7 +359,8 @@ class AdapterConfig(ABC):
         kind = kind or ("linear" if weight.ndim == 2 else "conv")
         flipped = transposed or (kind == "embedding" and self.embedding_transposed)
         shape = tuple(weight.shape)[::-1] if flipped else tuple(weight.shape)
-        layer = Layer(name, kind, shape, flipped, window=window or Window())
+        dtype = str(weight.dtype).rpartition(".")[2]
+        layer = Layer(name, kind, shape, flipped, window=window or Window(), dtype=dtype)
         method = self.at(name)
         if kind not in method.kinds:
             message = f"{type(self).__name__} has no meaning on {kind} layers; allowed are {', '.join(self.kinds)}"
@@ -386,7 +395,7 @@ class LowRank(AdapterConfig):
         return w - self.update(p, w, layer)
 
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
-        return contract(x, w, layer) + expand(contract(x, p["down"], layer), p["up"], layer)
+        return contract(x, w, layer) + through(x, p["down"], p["up"], layer)
 
 
 class Additive(AdapterConfig):
@@ -435,11 +444,3 @@ class Transform(AdapterConfig):
 def _follows(word: str, axis: str) -> bool:
     found = _AXIS.fullmatch(word)
     return found is not None and found.group(1) == axis
-
-
-def _wide(like: Array) -> Array:
-    """`like`, or an array of its library and device with float32 in place of a shorter dtype."""
-    if getattr(like.dtype, "itemsize", 4) >= 4:
-        return like
-    xp = namespace(like)
-    return xp.zeros((), dtype=xp.float32, device=device(like))

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from peftarray.method import AdapterConfig
+from peftarray.methods.loha import LoHaConfig
+from peftarray.methods.lokr import LoKrConfig
 from peftarray.methods.lora import LoraConfig
 from peftarray.methods.trainable_tokens import TrainableTokensConfig
 
-__all__ = ["METHODS", "LoraConfig", "TrainableTokensConfig"]
+__all__ = ["METHODS", "LoHaConfig", "LoKrConfig", "LoraConfig", "TrainableTokensConfig"]
 
-METHODS: dict[str, type[AdapterConfig]] = {method.peft_type: method for method in (LoraConfig, TrainableTokensConfig)}
+METHODS: dict[str, type[AdapterConfig]] = {
+    method.peft_type: method
+    for method in (
+        LoHaConfig,
+        LoKrConfig,
+        LoraConfig,
+        TrainableTokensConfig,
+    )
+}

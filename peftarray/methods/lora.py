@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Never
 
 from peftarray import random
-from peftarray.arrays import Array, Params, device, namespace
+from peftarray.arrays import Array, Params, device, namespace, stop_gradient
 from peftarray.errors import ConfigError, UnsupportedError
 from peftarray.layers import Kind, Layer, scale_outputs
 from peftarray.method import LowRank, Param
@@ -215,7 +215,8 @@ class LoraConfig(LowRank):
         if not self.use_dora:
             return delta
         direction = w + delta
-        return direction * self._gain(p, direction)[:, None] - w
+        norm = namespace(direction).linalg.vector_norm(direction, axis=1)
+        return direction * self._gain(p, norm)[:, None] - w
 
     def inverse(self, p: Params, w: Array, layer: Layer) -> Array:
         if self.use_dora:
@@ -228,7 +229,11 @@ class LoraConfig(LowRank):
 
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         y = super().apply(p, x, w, layer)
-        return scale_outputs(y, self._gain(p, w + p["up"] @ p["down"]), layer) if self.use_dora else y
+        if not self.use_dora:
+            return y
+        # The norm is a constant of the gradient (DoRA, section 4.3), so that nothing of it is kept for backward.
+        norm = _row_norms(*map(stop_gradient, (w, p["up"], p["down"])))
+        return scale_outputs(y, self._gain(p, norm), layer)
 
     def touches(self, layer: Layer) -> tuple[str, ...]:
         return ("weight", "bias") if self.lora_bias else ("weight",)
@@ -264,8 +269,7 @@ class LoraConfig(LowRank):
         return replace(self, lora_alpha=2 * self.lora_alpha)
 
     @staticmethod
-    def _gain(p: Params, direction: Array) -> Array:
-        norm = namespace(direction).linalg.vector_norm(direction, axis=1)
+    def _gain(p: Params, norm: Array) -> Array:
         # norm / norm is 1, or NaN where the norm overflowed or is zero: such a row has no direction, and must not be 0.
         return p["magnitude"] / norm * (norm / norm)
 
@@ -287,6 +291,15 @@ class LoraConfig(LowRank):
 def changes_base(init: bool | str) -> bool:
     """Whether an initialisation leaves a residual base behind, which an adapter's file does not hold."""
     return isinstance(init, str) and init.startswith(_CHANGES_BASE)
+
+
+def _row_norms(w: Array, up: Array, down: Array) -> Array:
+    """The norm of each row of `w + up @ down`, from the factors' products: the sum itself is never formed.
+
+    `|w + u D|^2 = |w|^2 + (2 w D^T + u D D^T) . u` for a row `w` and its row `u` of `up`.
+    """
+    xp = namespace(w, up, down)
+    return xp.sqrt(xp.vecdot(w, w) + xp.vecdot(2 * (w @ down.mT) + up @ (down @ down.mT), up))
 
 
 def _needs_initialiser(seed: int, stream: str, shape: tuple[int, ...]) -> Never:

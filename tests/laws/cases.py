@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from peftarray import AdapterConfig, LoraConfig, TrainableTokensConfig, Window
+from peftarray import AdapterConfig, LoHaConfig, LoKrConfig, LoraConfig, TrainableTokensConfig, Window
 from peftarray.layers import Layer
 
 
@@ -91,6 +91,28 @@ CASES = [
     Case(LoraConfig(r=4, use_bdlora={"target_modules_bd_a": ["proj"], "nblocks": 2})),
     Case(LoraConfig(r=4, use_bdlora={"target_modules_bd_b": ["proj"], "nblocks": 2})),
     Case(LoraConfig(r=2, rank_pattern={r"0\.proj": 3}, alpha_pattern={"proj": 11.5})),
+    *(
+        replace(case, config=config)
+        for case in (Case(LoHaConfig()), Case(LoHaConfig(), transposed=True), *_KINDS[3:])
+        for config in (LoHaConfig(r=2, alpha=3), LoHaConfig(r=1, use_effective_conv2d=True))
+    ),
+    Case(LoHaConfig(r=2), shape=(30, 40)),
+    Case(LoHaConfig(r=2, use_effective_conv2d=True), "conv", (24, 6, 3, 3)),
+    Case(LoHaConfig(rank_pattern={r"0\.proj": 3}, alpha_pattern={"proj": 11.5})),
+    *(
+        replace(case, config=config)
+        for case in (Case(LoKrConfig()), Case(LoKrConfig(), transposed=True), *_KINDS[3:])
+        for config in (
+            LoKrConfig(r=1, use_effective_conv2d=True),
+            LoKrConfig(r=1, alpha=3, init_weights="lycoris"),
+            LoKrConfig(r=3, decompose_factor=2),
+        )
+    ),
+    Case(LoKrConfig(r=1, decompose_both=True), shape=(30, 40)),
+    Case(LoKrConfig(r=2, decompose_factor=2), shape=(72, 80)),
+    Case(LoKrConfig(r=1, use_effective_conv2d=True, decompose_factor=3), "conv", (24, 9, 3, 3)),
+    Case(LoKrConfig(r=2), shape=(7, 11)),
+    Case(LoKrConfig(rank_pattern={r"0\.proj": 1}, alpha_pattern={"proj": 11.5})),
     Case(TrainableTokensConfig(token_indices=[3, 0, 11]), "embedding", (12, 5)),
 ]
 IDS = [str(case) for case in CASES]
