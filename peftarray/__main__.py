@@ -1,5 +1,5 @@
 """`python -m peftarray`."""
 
-from peftarray.cli import main
+from peftarray.cli import run
 
-main()
+run()

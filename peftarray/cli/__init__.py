@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -11,7 +13,7 @@ from peftarray.cli.inspect import inspect
 from peftarray.cli.merge import merge
 from peftarray.cli.verify import verify
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "run"]
 
 app = typer.Typer(
     name="peftarray",
@@ -57,3 +59,18 @@ def main() -> None:
     except MemoryError:
         print("peftarray: out of memory; --dry-run says how much a merge needs; use fewer --threads", file=sys.stderr)
         sys.exit(1)
+
+
+def run() -> NoReturn:
+    """`main` as a process: ends without taking the interpreter apart, which takes a tenth of a small merge's time."""
+    status: str | int | None = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:  # whoever read the output has gone
+        status = status or 1
+    os._exit(status if isinstance(status, int) else int(status is not None))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +26,13 @@ __all__ = ["Progress", "execute", "planned_memory"]
 
 Progress = Callable[[int, str], None]
 """Called with bytes done since the last call, and the name of what they belong to."""
+_Task = Callable[[Scratch], None]
 
 _TILE = 1 << 19
 """Entries a tile: 2 MB of float32. Smaller ones fit a core's own cache, but then threads wait for each other: NumPy
 takes the interpreter's lock again after every operation, and one on a large tile is long enough to hide that."""
 _TASK = 1 << 23
 """Bytes of output a task."""
-_EXACT, _SAMPLE = 1 << 20, 4
-"""Tensors up to so many entries are measured whole; of larger ones, one tile in so many."""
 _COPY = 1 << 26
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -47,6 +45,96 @@ class _Target:
     descriptor: int
     reports: dict[str, Sums]
     lock: threading.Lock
+
+
+class _Work:
+    """The tasks of one open shard, and how many workers are at them."""
+
+    def __init__(self, shard: Shard, target: _Target, tasks: Iterator[_Task]) -> None:
+        self.shard, self.target = shard, target
+        self.active, self.drained = 0, False
+        self._tasks, self._lock = tasks, threading.Lock()
+
+    def next(self) -> _Task | None:
+        with self._lock:  # making a task may prepare a method's arrays; other shards need not wait for that
+            return next(self._tasks, None)
+
+
+class _Queue:
+    """Shards for workers, each as far as it can at a file of its own: the kernel lets one writer at a time into each.
+
+    Args:
+        waiting: the shards to write.
+        journal: where, and where they are recorded.
+        syncer: a thread that waits for the disk, so that no worker has to.
+        progress: told of every piece of work.
+        most_open: how many files may be open at once.
+    """
+
+    def __init__(
+        self, waiting: list[Shard], journal: Journal, syncer: ThreadPoolExecutor, progress: Progress, *, most_open: int
+    ) -> None:
+        self._waiting = list(reversed(waiting))
+        self._open: list[_Work] = []
+        self._syncs: list[Future[None]] = []
+        self._journal, self._syncer, self._progress, self._most_open = journal, syncer, progress, most_open
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def work(self) -> None:
+        """Carry out tasks until there are none; what a worker runs."""
+        scratch = Scratch()
+        work = self._join()
+        while work is not None:
+            try:
+                task = work.next()
+                if task is not None:
+                    task(scratch)
+            except BaseException:
+                self.stop()
+                raise
+            self._leave(work, drained=task is None)
+            work = self._join()
+
+    def stop(self) -> None:
+        """Let every worker end after its task."""
+        self._stopped = True
+
+    def discard(self) -> None:
+        """Remove the shards that are not whole."""
+        for work in self._open:
+            os.close(work.target.descriptor)
+            work.target.path.unlink(missing_ok=True)
+        # A shard that is whole is worth keeping even when another one failed.
+        wait(self._syncs)
+
+    def finish(self) -> None:
+        """Wait until every shard is on the disk."""
+        for sync in self._syncs:
+            sync.result()
+
+    def _join(self) -> _Work | None:
+        with self._lock:
+            if self._stopped:
+                return None
+            works = [work for work in self._open if not work.drained]
+            best = min(works, key=lambda work: work.active, default=None)
+            if (best is None or best.active) and self._waiting and len(works) < self._most_open:
+                shard = self._waiting.pop()
+                target = _open(self._journal.folder / shard.name, shard)
+                best = _Work(shard, target, _tasks(shard, target, self._progress))
+                self._open.append(best)
+            if best is not None:
+                best.active += 1
+            return best
+
+    def _leave(self, work: _Work, *, drained: bool) -> None:
+        with self._lock:
+            work.active -= 1
+            work.drained |= drained
+            if work.drained and not work.active:
+                self._open.remove(work)
+                self._syncs.append(self._syncer.submit(_finish, work.shard, work.target, self._journal))
 
 
 def execute(plan: Plan, journal: Journal, *, threads: int, progress: Progress) -> tuple[TensorReport, ...]:
@@ -64,32 +152,27 @@ def execute(plan: Plan, journal: Journal, *, threads: int, progress: Progress) -
     Raises:
         OutputError: the disk is full or fails; finished shards are kept.
     """
-    local = threading.local()
+    waiting = []
+    for shard in plan.shards:
+        if _is_finished(shard, journal):
+            progress(shard.nbytes, shard.name)
+        else:
+            waiting.append(shard)
     with (
         threadpool_limits(1),
         ThreadPoolExecutor(threads, "merge") as workers,
         ThreadPoolExecutor(1, "sync") as syncer,
     ):
-        syncs: list[Future[None]] = []
+        queue = _Queue(waiting, journal, syncer, progress, most_open=threads)
+        running = [workers.submit(queue.work) for _ in range(threads)]
         try:
-            for shard in plan.shards:
-                if _is_finished(shard, journal):
-                    progress(shard.nbytes, shard.name)
-                    continue
-                target = _open(journal.folder / shard.name, shard)
-                try:
-                    _run(_tasks(shard, target, local, progress), workers, threads)
-                except BaseException:
-                    os.close(target.descriptor)
-                    target.path.unlink(missing_ok=True)
-                    raise
-                syncs.append(syncer.submit(_finish, shard, target, journal))
+            for future in as_completed(running):
+                future.result()
         finally:
-            # A shard that is whole is worth keeping even when a later one failed.
-            for sync in syncs:
-                sync.exception()
-        for sync in syncs:
-            sync.result()
+            queue.stop()
+            wait(running)
+            queue.discard()
+        queue.finish()
     return tuple(
         TensorReport(name, dtype_name(values["dtype"]), sums_from_dict(values["sums"]))
         for shard in plan.shards
@@ -126,25 +209,7 @@ def _finish(shard: Shard, target: _Target, journal: Journal) -> None:
         journal.record(shard.name, found)
 
 
-def _run(tasks: Iterator[Callable[[], None]], workers: ThreadPoolExecutor, threads: int) -> None:
-    """Run tasks with a short queue, so that no more is prepared ahead than the threads can work on."""
-    pending: set[Future[None]] = set()
-    try:
-        for task in tasks:
-            pending.add(workers.submit(task))
-            if len(pending) >= 2 * threads:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-        for future in pending:
-            future.result()
-    finally:
-        for future in pending:
-            future.cancel()
-        wait(pending)
-
-
-def _tasks(shard: Shard, target: _Target, local: threading.local, progress: Progress) -> Iterator[Callable[[], None]]:
+def _tasks(shard: Shard, target: _Target, progress: Progress) -> Iterator[_Task]:
     run: list[Output] = []
     for output in shard.outputs:
         if output.is_copy and (not run or _adjoins(run[-1], output)):
@@ -155,7 +220,7 @@ def _tasks(shard: Shard, target: _Target, local: threading.local, progress: Prog
         if output.is_copy:
             run = [output]
         else:
-            yield from _merges(output, target, local, progress)
+            yield from _merges(output, target, progress)
     yield from _copies(run, target, progress)
 
 
@@ -163,7 +228,7 @@ def _adjoins(before: Output, after: Output) -> bool:
     return before.source is after.source and before.info.end == after.info.begin and before.end == after.begin
 
 
-def _copies(run: list[Output], target: _Target, progress: Progress) -> Iterator[Callable[[], None]]:
+def _copies(run: list[Output], target: _Target, progress: Progress) -> Iterator[_Task]:
     if not run:
         return
     source, begin, end = run[0].source, run[0].info.begin, run[-1].info.end
@@ -171,7 +236,7 @@ def _copies(run: list[Output], target: _Target, progress: Progress) -> Iterator[
     for start in range(begin, end, _COPY):
         stop = min(start + _COPY, end)
 
-        def task(start: int = start, stop: int = stop) -> None:
+        def task(scratch: Scratch, start: int = start, stop: int = stop) -> None:
             _copy_range(source, target, start, start + shift, stop - start)
             progress(stop - start, run[0].name)
 
@@ -200,9 +265,7 @@ def _copy_range(source: SafetensorsFile, target: _Target, begin: int, at: int, c
             done += len(part)
 
 
-def _merges(
-    output: Output, target: _Target, local: threading.local, progress: Progress
-) -> Iterator[Callable[[], None]]:
+def _merges(output: Output, target: _Target, progress: Progress) -> Iterator[_Task]:
     if output.segments:
         # A tensor without entries has no task, and still has its line in the report.
         target.reports.setdefault(output.name, Sums())
@@ -217,9 +280,13 @@ def _merges(
             end = segment.end if whole else min(begin + rows, segment.end)
 
             def task(
-                begin: int = begin, end: int = end, merger: SegmentMerger | None = merger, step: int = step
+                scratch: Scratch,
+                begin: int = begin,
+                end: int = end,
+                merger: SegmentMerger | None = merger,
+                step: int = step,
             ) -> None:
-                _merge_rows(output, merger, begin, end, step, target, local)
+                _merge_rows(output, merger, begin, end, step, target, scratch)
                 progress((end - begin) * output.columns * output.dtype.bits // 8, output.name)
 
             yield task
@@ -246,28 +313,23 @@ def _merge_rows(
     end: int,
     step: int,
     target: _Target,
-    local: threading.local,
+    scratch: Scratch,
 ) -> None:
-    scratch = local.__dict__.setdefault("scratch", Scratch())
     total = Sums()
     width = output.columns * output.dtype.bits // 8
-    # Of a large tensor one tile in four that the update reaches is measured, the first of each task among them.
-    often = _SAMPLE if math.prod(output.shape) > _EXACT else 1
-    reached = 0
-    source = output.info.dtype.numpy
+    source, short = output.info.dtype.numpy, output.dtype.numpy
     assert source is not None  # `TensorInfo.dtype` raises for dtypes without one
+    assert short is not None
     at = output.info.begin + begin * output.columns * source.itemsize
     with output.source.window(at, (end - begin, output.columns), source) as rows:
         for first in range(0, end - begin, step):
             stored = rows[first : first + step]
-            rounded = scratch.array("rounded", stored.shape, output.dtype.numpy)
+            rounded = scratch.array("rounded", stored.shape, short)
             if merger is None:
                 _convert(output, stored, rounded, scratch)
             else:
-                sums = merger.merge(stored, begin + first, rounded, scratch, measure=reached % often == 0)
-                reached += sums.update != 0
-                total.add(sums)
-            data = memoryview(rounded.reshape(-1).view("u1"))
+                total.add(merger.merge(stored, begin + first, rounded, scratch))
+            data = rounded.reshape(-1).view("u1").data
             _write_all(target.descriptor, data, output.begin + (begin + first) * width, target.path)
             del stored
     # Lets the disk begin now, so that little is left to wait for when the shard is synced.

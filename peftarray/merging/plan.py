@@ -388,7 +388,7 @@ def _fingerprint(
         ]
 
     facts = {
-        "format": 1,
+        "format": 2,
         "base": files(base),
         "config": base.config,
         "adapters": [[files(a.tensors), repr(a.config), weight] for a, weight in adapters],

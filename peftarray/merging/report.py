@@ -4,9 +4,10 @@ With W the base, D the update that was wanted and W' what was written: update = 
 retained = 1 - error^2 (the share of the update's energy that the output holds, 0 at least), cosine = <W' - W, D> /
 (|W' - W| |D|), unchanged = the share of entries whose stored bits are the base's. Norms are Frobenius norms.
 
-The size of the update is exact. The figures of rounding (error, retained, cosine, unchanged) are exact for tensors
-below a million entries; of larger ones one tile in four that the update reaches is measured. Entries that are not
-finite are always counted.
+The size of the update is exact. The figures of rounding (error, retained, cosine, unchanged) are exact for tensors up
+to 65,536 entries; of larger ones, rows spread evenly over every tile stand for the others, 32,768 entries of a tile at
+least, and the whole tile where they do not hold their share of its update. Entries that are not finite are always
+counted.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _HELD = 0.9
 class Sums:
     """Sums over the entries of a tensor, from which the figures follow; those of tiles add up.
 
-    Of a large tensor every tile gives `count`, `base`, `update` and `nonfinite`; what needs the rounded values decoded
-    again is summed over the tiles that were measured.
+    `count`, `base`, `update` and `nonfinite` are over all entries. The others need the rounded values decoded again:
+    where rows were measured that stand for the rest, they are their sums scaled to the whole.
     """
 
     count: int = 0
@@ -35,17 +36,15 @@ class Sums:
     update: float = 0.0
     """sum D^2"""
     measured: int = 0
-    """How many entries the following sums are over."""
+    """How many entries the following sums were made from."""
     wanted: float = 0.0
     """sum D^2"""
     rounding: float = 0.0
     """sum E^2, E = W' - W - D"""
     cross: float = 0.0
     """sum D E"""
-    unchanged: int = 0
-    """Measured entries whose bits stayed."""
-    idle: int = 0
-    """Entries that were not measured, since the update is zero there."""
+    unchanged: float = 0.0
+    """Entries whose bits stayed."""
     nonfinite: int = 0
 
     def add(self, other: Sums) -> None:
@@ -58,7 +57,6 @@ class Sums:
         self.rounding += other.rounding
         self.cross += other.cross
         self.unchanged += other.unchanged
-        self.idle += other.idle
         self.nonfinite += other.nonfinite
 
     @classmethod
@@ -89,11 +87,7 @@ class Sums:
 
     @property
     def unchanged_share(self) -> float:
-        """Idle entries stayed; the measured ones stand for the others."""
-        if not self.count:
-            return 1.0
-        among = self.unchanged / self.measured if self.measured else 1.0
-        return (self.idle + among * (self.count - self.idle)) / self.count
+        return self.unchanged / self.count if self.count else 1.0
 
 
 @dataclass(frozen=True)
@@ -205,7 +199,7 @@ def _figures(sums: Sums) -> dict[str, Any]:
         "unchanged": sums.unchanged_share,
         "nonfinite": sums.nonfinite,
         "entries": sums.count,
-        "measured": sums.measured + sums.idle,
+        "measured": sums.measured,
     }
 
 

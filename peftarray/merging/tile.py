@@ -21,6 +21,8 @@ __all__ = ["Scratch", "SegmentMerger", "can_tile"]
 
 # Dtypes with float32's range at least: what is finite before rounding is so afterwards, or its square is not.
 _WIDE = ("BF16", "F32", "F64")
+_SAMPLE, _SAMPLE_ROWS = 1 << 15, 8
+"""Of a tile with more than twice so many entries, about so many are measured, in so many rows at least."""
 
 
 class Scratch:
@@ -100,9 +102,7 @@ class SegmentMerger:
         self.prepared()
         return math.lcm(*self._steps)
 
-    def merge(
-        self, stored: np.ndarray, begin: int, rounded: np.ndarray, scratch: Scratch, *, measure: bool = True
-    ) -> Sums:
+    def merge(self, stored: np.ndarray, begin: int, rounded: np.ndarray, scratch: Scratch) -> Sums:
         """Merge rows of the tensor's matrix, and sum up what was done. The caller silences floating-point warnings.
 
         Args:
@@ -110,7 +110,6 @@ class SegmentMerger:
             begin: which rows they are, counted in the tensor.
             rounded: where the result goes, in the output's dtype.
             scratch: of the calling thread.
-            measure: also compare the rounded values with the wanted ones.
         """
         base = decode(stored, self.source, scratch.array("base", stored.shape, self.compute))
         flat = base.reshape(-1)
@@ -123,10 +122,7 @@ class SegmentMerger:
         encode(value, self.target, rounded)
         if not math.isfinite(sums.base + sums.update) or self.target.code not in _WIDE:
             self._check_finite(sums, stored, delta, rounded)
-        if measure:
-            self._measure(sums, stored, base, value, delta, rounded, scratch)
-        elif not sums.update:
-            sums.idle = sums.count
+        self._measure(sums, stored, base, value, delta, rounded)
         return sums
 
     def read(self, stored: np.ndarray, begin: int) -> None:
@@ -189,24 +185,38 @@ class SegmentMerger:
         value: np.ndarray,
         delta: np.ndarray,
         rounded: np.ndarray,
-        scratch: Scratch,
     ) -> None:
-        """Add the sums over D, E = W' - W - D and the entries that stayed; `base` is W unless it is `value`."""
-        error = decode(rounded, self.target, scratch.array("error", base.shape, self.compute))
+        """Add what the rounding did, from rows of a large tile that stand for the others; `base` may be `value`."""
+        if not sums.update:
+            sums.measured, sums.unchanged = sums.count, float(sums.count)
+            return
+        every = 1
+        if sums.count > 2 * _SAMPLE and not sums.nonfinite:
+            every = max(1, min(sums.count // _SAMPLE, len(stored) // _SAMPLE_ROWS))
+        wanted = delta[every // 2 :: every]
+        squares = _inner(wanted, wanted)
+        if not 0.5 <= squares * every / sums.update <= 2:
+            every, wanted = 1, delta
+            squares = _inner(delta, delta)
+        rows = slice(every // 2, None, every)
+        written = rounded[rows]
+        error = decode(written, self.target)
         if base is value:
-            error -= value
+            error -= value[rows]
         else:
-            error -= base
-            error -= delta
-        d, e = delta.reshape(-1), error.reshape(-1)
+            error -= base[rows]
+            error -= wanted
         if sums.nonfinite:
-            sound = np.isfinite(e)
-            d, e = np.where(sound, d, 0), np.where(sound, e, 0)
-        sums.measured = sums.count
-        sums.wanted, sums.rounding, sums.cross = float(np.dot(d, d)), float(np.dot(e, e)), float(np.dot(d, e))
-        bits = np.dtype(f"u{rounded.dtype.itemsize}")
-        before = stored if self.source == self.target else encode(decode(stored, self.source), self.target)
-        sums.unchanged = int(np.count_nonzero(before.view(bits) == rounded.view(bits)))
+            sound = np.isfinite(error)
+            wanted, error = np.where(sound, wanted, 0), np.where(sound, error, 0)
+            squares = _inner(wanted, wanted)
+        bits = np.dtype(f"u{written.dtype.itemsize}")
+        before = stored[rows] if self.source == self.target else encode(decode(stored[rows], self.source), self.target)
+        stayed = np.count_nonzero(before.view(bits) == written.view(bits))
+        sums.measured = written.size
+        share = sums.count / written.size
+        sums.wanted, sums.rounding = squares * share, _inner(error, error) * share
+        sums.cross, sums.unchanged = _inner(wanted, error) * share, float(stayed * share)
 
     def _check_finite(self, sums: Sums, stored: np.ndarray, delta: np.ndarray, rounded: np.ndarray) -> None:
         """Count entries that are not finite, as the base's are; refuse new ones, which overflow the output's dtype."""
@@ -225,3 +235,8 @@ class SegmentMerger:
         sums.nonfinite = int(bad.sum())
         base, delta = np.where(bad, 0, base).reshape(-1), np.where(bad, 0, delta).reshape(-1)
         sums.base, sums.update = float(np.dot(base, base)), float(np.dot(delta, delta))
+
+
+def _inner(a: np.ndarray, b: np.ndarray) -> float:
+    """The sum over the products of two matrices' entries, whose rows may lie apart."""
+    return float(np.vecdot(a, b).sum(dtype=np.float64))
