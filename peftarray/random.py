@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["Draw", "kaiming_uniform", "normal", "normal_of", "uniform", "zeros"]
+__all__ = ["Draw", "full", "kaiming_uniform", "normal", "normal_of", "uniform", "zeros"]
 
 
 Draw = Callable[[int, str, tuple[int, ...]], np.ndarray]
@@ -61,3 +61,8 @@ def kaiming_uniform(seed: int, stream: str, shape: tuple[int, ...]) -> np.ndarra
 def zeros(seed: int, stream: str, shape: tuple[int, ...]) -> np.ndarray:
     """float32 zeros: the draw that needs no randomness."""
     return np.zeros(shape, np.float32)
+
+
+def full(value: float) -> Draw:
+    """A draw that gives this value everywhere."""
+    return lambda seed, stream, shape: np.full(shape, value, np.float32)
