@@ -14,7 +14,17 @@ import numpy as np
 
 from peftarray.errors import ConfigError, UnsupportedError
 
-__all__ = ["FLOATS", "StorageDType", "code_of", "decode", "dtype_name", "encode", "parse_dtype", "storage_dtype"]
+__all__ = [
+    "FLOATS",
+    "StorageDType",
+    "code_of",
+    "decode",
+    "dtype_name",
+    "encode",
+    "parse_dtype",
+    "rounded",
+    "storage_dtype",
+]
 
 
 @dataclass(frozen=True)
@@ -172,6 +182,17 @@ def encode(values: np.ndarray, dtype: StorageDType, out: np.ndarray | None = Non
     with np.errstate(over="ignore", invalid="ignore"):
         np.copyto(result, values, casting="unsafe")
     return result
+
+
+def rounded(values: np.ndarray, name: str) -> np.ndarray:
+    """float32 values as a floating dtype of this name holds them, in float32 again.
+
+    Example:
+        >>> rounded(np.float32([1.001]), "bfloat16")
+        array([1.], dtype=float32)
+    """
+    dtype = parse_dtype(name)
+    return values if dtype.bits >= 32 else decode(encode(values, dtype), dtype)
 
 
 def _encode_double(values: np.ndarray, dtype: StorageDType, out: np.ndarray | None) -> np.ndarray:

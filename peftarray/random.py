@@ -1,7 +1,7 @@
 """Seeded draws, made on the host by a counter-based generator: the same seed gives the same bits for every library.
 
 Each parameter has a stream of its own, keyed by the seed and its names, so that adding a layer or a method changes no
-other layer's draw.
+other layer's draw. `TorchStream` draws what torch does, for checkpoints that hold a seed in place of a matrix.
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["Draw", "full", "kaiming_uniform", "normal", "normal_of", "uniform", "zeros"]
+from peftarray.dtypes import rounded
+
+__all__ = ["Draw", "TorchStream", "full", "kaiming_uniform", "normal", "normal_of", "uniform", "zeros"]
+
+_BLOCK = 1 << 16
+"""Draws made at once, so that what lies between stays in the cache."""
 
 
 Draw = Callable[[int, str, tuple[int, ...]], np.ndarray]
@@ -66,3 +71,49 @@ def zeros(seed: int, stream: str, shape: tuple[int, ...]) -> np.ndarray:
 def full(value: float) -> Draw:
     """A draw that gives this value everywhere."""
     return lambda seed, stream, shape: np.full(shape, value, np.float32)
+
+
+class TorchStream:
+    """What torch's CPU generator draws after `manual_seed(seed)`, bit for bit: tensors in the order of the calls.
+
+    The generator is MT19937 (Matsumoto and Nishimura, Mersenne Twister, 1998), seeded with the low 32 bits.
+
+    Args:
+        seed: any whole number of 64 bits, with or without a sign.
+
+    Example:
+        >>> TorchStream(0).uniform((2,), 0.0, 1.0).tolist()
+        [0.49625658988952637, 0.7682217955589294]
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._words = np.random.RandomState(seed & 0xFFFFFFFF)
+
+    def uniform(self, shape: tuple[int, ...], low: float, high: float, dtype: str = "float32") -> np.ndarray:
+        """What `uniform_(low, high)` fills a tensor with: float32 values, such as `dtype` can hold.
+
+        Args:
+            shape: of the tensor.
+            low, high: the bounds.
+            dtype: the tensor's: `"float32"`, `"bfloat16"` or `"float16"`.
+        """
+        first, last = np.float32(low), np.float32(high)
+        # A word gives 24 bits. Their product with the width is added to the bound with one rounding, by a fused
+        # instruction; in float64 both are exact before it.
+        step, start = float(last - first) * 2.0**-24, float(first)
+        values = np.empty(math.prod(shape), np.float32)
+        for begin in range(0, len(values), _BLOCK):
+            part = values[begin : begin + _BLOCK]
+            words = self._words.randint(0, 1 << 32, size=len(part), dtype=np.uint32)
+            part[...] = (words & 0xFFFFFF) * step + start
+        if dtype != "float32":
+            values = rounded(values, dtype)
+            # What rounds up to the upper bound, which is open, becomes the lower.
+            bounds = rounded(np.array([first, last]), dtype)
+            values[values >= bounds[1]] = bounds[0]
+        return values.reshape(shape)
+
+    def kaiming_uniform(self, shape: tuple[int, int]) -> np.ndarray:
+        """Uniform over +-sqrt(6 / fan_in): He et al.'s bound for rectifiers."""
+        bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
+        return self.uniform(shape, -bound, bound)

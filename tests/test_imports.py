@@ -24,7 +24,7 @@ STANDS_ON = {
     "dtypes": "errors",
     "patterns": "errors",
     "settings": "errors",
-    "random": "arrays",
+    "random": "arrays dtypes",
     "layers": "arrays",
     "rotations": "arrays",
     "autodiff": "arrays",

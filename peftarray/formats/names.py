@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from peftarray.dtypes import dtype_name, storage_dtype
 from peftarray.errors import MatchError, nearest
 from peftarray.formats.adapters import Piece
 from peftarray.formats.models import (
@@ -175,6 +176,12 @@ class BaseNames:
     def pieces(self, tensor: str, expert: int | None = None) -> tuple[Piece, ...]:
         """Where the stored matrix of a live tensor lies, or that of one expert of a stack."""
         places = self.places[tensor]
+    def dtype(self, tensor: str) -> str:
+        """What a tensor is stored in, as people call it; empty where that is no floating dtype."""
+        disk = self.places[tensor][0].disk
+        dtype = storage_dtype(self.base[self.untied.get(disk, disk)].code)
+        return dtype_name(dtype.code) if dtype is not None and dtype.floating else ""
+
         if expert is None or places[0].expert is None:
             rows = self._rows(places[0], expert)
             at = 0 if expert is None else expert * rows

@@ -6,9 +6,8 @@ method's table, or the name of a tensor of that module, which the adapter then r
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peftarray.errors import ConfigError, FormatError, MatchError, ShapeError, UnsupportedError, nearest
@@ -17,7 +16,7 @@ from peftarray.formats.experts import expert_sites, target_parameters
 from peftarray.formats.names import WRAPPERS, Alignment, BaseNames
 from peftarray.formats.peft_config import read_config
 from peftarray.formats.tying import settle_ties
-from peftarray.layers import Layer
+from peftarray.layers import Layer, Peers
 from peftarray.method import AdapterConfig
 from peftarray.methods import TrainableTokensConfig
 from peftarray.stores.checkpoint import Checkpoint
@@ -25,7 +24,7 @@ from peftarray.targets import is_saved, is_targeted
 
 __all__ = ["open_weights", "read"]
 
-_PREFIX = "base_model.model."
+_PREFIX, _SHARED = "base_model.model.", "base_model."
 _TOKENS = "trainable_tokens_delta"
 
 
@@ -65,18 +64,22 @@ def read(path: str | Path, base: Checkpoint, *, allow_unmatched: bool = False) -
     if len(keys) != len(tensors):
         message = f"{folder}: some tensors stand with and without the prefix {_PREFIX}; the file is damaged"
         raise FormatError(message)
+    of_all = [path for path in keys if path.startswith(_SHARED) and names.split(path) is None]
+    shared = {path.removeprefix(_SHARED): keys.pop(path) for path in of_all}
     alignment = names.align(keys)
     found = _sort(keys, config, names, alignment, tensors)
     _check_replacements(found.replace, names, tensors)
     # Rows are replaced below what else a module has: PEFT wraps a tied head, its rows trained as tokens, in LoRA.
     sites = [
         *_token_sites(found, config, names, alignment, tensors),
-        *_method_sites(found, config, names, alignment, tensors),
+        *_sharing(_method_sites(found, config, names, alignment, tensors), shared, found.leftover),
     ]
     adapted = {piece.tensor for site in sites for piece in site.pieces}
     absent = _absent_targets(config, names, alignment, adapted, {module for module, _ in found.methods})
     if (found.leftover or absent) and not allow_unmatched:
         raise _unmatched(folder, found.leftover, absent, names, alignment, len(tensors), base)
+    if found.leftover or absent:
+        _check_peers(folder, sites)
     for site in sites:
         shapes = {name: ref.shape(tensors) for name, ref in site.params.items()}
         site.method.check_shapes(shapes, site.layer)
@@ -206,6 +209,35 @@ def _method_sites(
     return sites
 
 
+def _sharing(sites: list[Site], shared: dict[str, str], leftover: list[str]) -> list[Site]:
+    """The same sites, which know of each other where their method asks, and of the tensors that they share."""
+    if not (shared or any(site.method.reads_peers for site in sites)):
+        return sites
+    peers = Peers(site.layer for site in sites)
+    used: set[str] = set()
+    found = []
+    for site in sites:
+        layer = replace(site.layer, peers=peers) if site.method.reads_peers else site.layer
+        common = {name: row.shared for name, row in site.method.params(layer).items() if row.shared in shared}
+        refs = {name: Ref(shared[key]) for name, key in common.items() if key is not None}
+        used.update(ref.name for ref in refs.values())
+        found.append(replace(site, layer=layer, params={**site.params, **refs}))
+    leftover += [key for key in shared.values() if key not in used]
+    return found
+
+
+def _check_peers(folder: Path, sites: list[Site]) -> None:
+    """Refuse to derive arrays from the layers of an adapter where not all of them are here."""
+    for site in sites:
+        missing = [name for name in site.method.params(site.layer) if name not in site.params]
+        if missing and site.method.reads_peers:
+            message = (
+                f"{folder}: {missing[0]} is not in the file and depends on every layer that the adapter was trained "
+                "on, some of which are not here; use the base that it was trained on"
+            )
+            raise UnsupportedError(message)
+
+
 def _module_site(
     module: str,
     depth: int,
@@ -232,8 +264,8 @@ def _module_site(
         method = config.at(alignment.to_adapter(parent)).applied_twice()
     else:
         method = config.at(path)
-    layer = _layer(path, tensor, embedding, method, names)
     has_bias = bias in names.places
+    layer = replace(_layer(path, tensor, embedding, method, names), bias=has_bias, dtype=names.dtype(tensor))
     if "bias" in method.touches(layer) and not has_bias:
         message = (
             f"{module}: the adapter changes a bias, which this layer of {names.base.path} does not have; use the "
@@ -241,7 +273,7 @@ def _module_site(
         )
         raise MatchError(message)
     return Site(
-        layer=dataclasses.replace(layer, bias=has_bias),
+        layer=layer,
         method=method,
         params={name: Ref(key) for name, key in group.items()},
         pieces=names.pieces(tensor),

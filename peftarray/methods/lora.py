@@ -8,7 +8,7 @@ Wang et al., KaSA, 2024, arXiv:2412.06071.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Never
 
@@ -20,14 +20,14 @@ from peftarray.method import LowRank, Param
 from peftarray.random import Draw
 from peftarray.settings import Rule, boolean, mapping_of, name_list, number, one_of, optional, refused, setting, whole
 
-__all__ = ["LoraConfig", "changes_base"]
+__all__ = ["LoraConfig", "changes_base", "rows_of", "token_indices"]
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 _rows = Rule(
     lambda value: isinstance(value, (list, tuple)) and all(type(i) is int and i >= 0 for i in value), "a list of rows"
 )
-_tokens = Rule(
+token_indices = Rule(
     lambda value: value is None or _rows.allows(value) or mapping_of(_rows).allows(value),
     "None, a list of token numbers, or a mapping from module names to such lists",
 )
@@ -101,7 +101,7 @@ class LoraConfig(LowRank):
     rank_pattern: dict[str, int] | None = setting({}, optional(mapping_of(whole(1))))
     alpha_pattern: dict[str, float] | None = setting({}, optional(mapping_of(number())))
     target_parameters: list[str] | tuple[str, ...] | None = setting(None, name_list)
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(None, _tokens)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(None, token_indices)
     ensure_weight_tying: bool = setting(False, boolean)
     use_bdlora: Mapping[str, Any] | tuple[str, int] | None = setting(None, _blocks)
     kasa_config: Mapping[str, Any] | bool | None = None
@@ -260,10 +260,7 @@ class LoraConfig(LowRank):
         return tuple(self.target_parameters or ())
 
     def token_rows(self, name: str, *, is_input: bool) -> tuple[int, ...]:
-        rows = self.trainable_token_indices
-        if isinstance(rows, Mapping):
-            return next((tuple(found) for end, found in rows.items() if f".{name}".endswith(f".{end}")), ())
-        return tuple(rows or ()) if is_input else ()
+        return rows_of(self.trainable_token_indices, name, is_input=is_input)
 
     def applied_twice(self) -> LoraConfig:
         return replace(self, lora_alpha=2 * self.lora_alpha)
@@ -286,6 +283,15 @@ class LoraConfig(LowRank):
         if layer.kind == "embedding":
             return random.normal
         return random.zeros if self.init_lora_weights else random.kaiming_uniform
+
+
+def rows_of(
+    indices: Sequence[int] | Mapping[str, Sequence[int]] | None, name: str, *, is_input: bool
+) -> tuple[int, ...]:
+    """The rows that `trainable_token_indices` means in the embedding called `name`: a bare list is the input's."""
+    if isinstance(indices, Mapping):
+        return next((tuple(found) for end, found in indices.items() if f".{name}".endswith(f".{end}")), ())
+    return tuple(indices or ()) if is_input else ()
 
 
 def changes_base(init: bool | str) -> bool:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from peftarray import (
+    AdaLoraConfig,
     AdapterConfig,
-    BOFTConfig,
+    IA3Config,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
-    OFTConfig,
     TrainableTokensConfig,
+    VeraConfig,
     Window,
 )
 from peftarray.layers import Layer
@@ -123,38 +124,24 @@ CASES = [
     Case(LoKrConfig(r=2), shape=(7, 11)),
     Case(LoKrConfig(rank_pattern={r"0\.proj": 1}, alpha_pattern={"proj": 11.5})),
     *(
-        Case(config, kind, shape, transposed)
-        for kind, shape, transposed in (
-            ("linear", (6, 12), False),
-            ("linear", (12, 6), True),
-            ("embedding", (12, 6), False),
-            ("conv", (6, 4, 3), False),
-            ("conv", (6, 4, 3, 2), False),
-            ("conv", (6, 4, 2, 1, 3), False),
+        replace(case, config=config)
+        for case in (*_KINDS[:2], *_KINDS[3:])
+        for config in (IA3Config(), IA3Config(feedforward_modules=["roj"]))
+    ),
+    Case(IA3Config(feedforward_modules=r"block\.\d\.proj")),
+    *(
+        replace(case, config=config)
+        for case in _KINDS[:2]
+        for config in (VeraConfig(r=3), VeraConfig(r=7, save_projection=False, projection_prng_key=5, d_initial=1.0))
+    ),
+    Case(VeraConfig(r=4, save_projection=False), shape=(10, 6)),
+    *(
+        replace(case, config=config)
+        for case in (*_KINDS[:2], *_KINDS[3:])
+        for config in (
+            AdaLoraConfig(init_r=3, lora_alpha=5),
+            AdaLoraConfig(init_r=4, lora_alpha=0, rank_pattern={"block.0.proj.lora_E": [True, False, True, False]}),
         )
-        for config in (OFTConfig(oft_block_size=3), OFTConfig(r=2, oft_block_size=0, use_cayley_neumann=False))
-    ),
-    *(Case(OFTConfig(oft_block_size=5, num_cayley_neumann_terms=terms)) for terms in (2, 3, 4, 6)),
-    *(
-        Case(OFTConfig(oft_block_size=8, block_share=share, coft=True, eps=0.5), shape=(6, 80))
-        for share in (True, False)
-    ),
-    *(Case(OFTConfig(oft_block_size=40, block_share=share), shape=(6, 80)) for share in (True, False)),
-    *(
-        Case(config, kind, shape, transposed)
-        for kind, shape, transposed in (
-            ("linear", (6, 12), False),
-            ("linear", (12, 6), True),
-            ("conv", (6, 4, 3), False),
-            ("conv", (6, 4, 3, 2), False),
-            ("conv", (6, 4, 2, 1, 3), False),
-        )
-        for config in (BOFTConfig(boft_block_size=2), BOFTConfig(boft_block_num=2, boft_block_size=0))
-    ),
-    *(Case(BOFTConfig(boft_n_butterfly_factor=factors), shape=(6, 80)) for factors in (1, 2, 3)),
-    *(
-        Case(BOFTConfig(boft_block_size=288 >> factors, boft_n_butterfly_factor=factors), shape=(6, 144))
-        for factors in (2, 3)
     ),
     Case(TrainableTokensConfig(token_indices=[3, 0, 11]), "embedding", (12, 5)),
 ]
