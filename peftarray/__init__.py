@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     from peftarray.method import Transform as Transform
     from peftarray.methods import METHODS as METHODS
     from peftarray.methods import AdaLoraConfig as AdaLoraConfig
+    from peftarray.methods import BOFTConfig as BOFTConfig
     from peftarray.methods import IA3Config as IA3Config
     from peftarray.methods import LoHaConfig as LoHaConfig
     from peftarray.methods import LoKrConfig as LoKrConfig
     from peftarray.methods import LoraConfig as LoraConfig
+    from peftarray.methods import OFTConfig as OFTConfig
     from peftarray.methods import TrainableTokensConfig as TrainableTokensConfig
     from peftarray.methods import VeraConfig as VeraConfig
 
@@ -51,7 +53,7 @@ _HOMES = {
     "layers": "Layer Window",
     "merging": "MergeReport Verification merge verify",
     "method": "AdapterConfig Additive LowRank Param Transform",
-    "methods": "METHODS AdaLoraConfig IA3Config LoHaConfig LoKrConfig LoraConfig"
+    "methods": "METHODS AdaLoraConfig BOFTConfig IA3Config LoHaConfig LoKrConfig LoraConfig OFTConfig"
     " TrainableTokensConfig VeraConfig",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}

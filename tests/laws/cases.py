@@ -9,10 +9,12 @@ import numpy as np
 from peftarray import (
     AdaLoraConfig,
     AdapterConfig,
+    BOFTConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    OFTConfig,
     TrainableTokensConfig,
     VeraConfig,
     Window,
@@ -123,6 +125,40 @@ CASES = [
     Case(LoKrConfig(r=1, use_effective_conv2d=True, decompose_factor=3), "conv", (24, 9, 3, 3)),
     Case(LoKrConfig(r=2), shape=(7, 11)),
     Case(LoKrConfig(rank_pattern={r"0\.proj": 1}, alpha_pattern={"proj": 11.5})),
+    *(
+        Case(config, kind, shape, transposed)
+        for kind, shape, transposed in (
+            ("linear", (6, 12), False),
+            ("linear", (12, 6), True),
+            ("embedding", (12, 6), False),
+            ("conv", (6, 4, 3), False),
+            ("conv", (6, 4, 3, 2), False),
+            ("conv", (6, 4, 2, 1, 3), False),
+        )
+        for config in (OFTConfig(oft_block_size=3), OFTConfig(r=2, oft_block_size=0, use_cayley_neumann=False))
+    ),
+    *(Case(OFTConfig(oft_block_size=5, num_cayley_neumann_terms=terms)) for terms in (2, 3, 4, 6)),
+    *(
+        Case(OFTConfig(oft_block_size=8, block_share=share, coft=True, eps=0.5), shape=(6, 80))
+        for share in (True, False)
+    ),
+    *(Case(OFTConfig(oft_block_size=40, block_share=share), shape=(6, 80)) for share in (True, False)),
+    *(
+        Case(config, kind, shape, transposed)
+        for kind, shape, transposed in (
+            ("linear", (6, 12), False),
+            ("linear", (12, 6), True),
+            ("conv", (6, 4, 3), False),
+            ("conv", (6, 4, 3, 2), False),
+            ("conv", (6, 4, 2, 1, 3), False),
+        )
+        for config in (BOFTConfig(boft_block_size=2), BOFTConfig(boft_block_num=2, boft_block_size=0))
+    ),
+    *(Case(BOFTConfig(boft_n_butterfly_factor=factors), shape=(6, 80)) for factors in (1, 2, 3)),
+    *(
+        Case(BOFTConfig(boft_block_size=288 >> factors, boft_n_butterfly_factor=factors), shape=(6, 144))
+        for factors in (2, 3)
+    ),
     *(
         replace(case, config=config)
         for case in (*_KINDS[:2], *_KINDS[3:])
