@@ -1,0 +1,24 @@
+"""Draws of LoHa: ranks and scales with their patterns, and the Tucker form of convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import strategies as st
+
+PEFT = "LoHaConfig"
+KINDS = ("linear", "conv1d", "conv2d")
+
+
+def kwargs(draw: Callable[..., Any], kind: str) -> dict[str, Any]:
+    """Arguments of PEFT's class but for the targets."""
+    alphas = st.integers(1, 20) | st.sampled_from([0.5, 2.5])
+    return {
+        "r": draw(st.integers(1, 6)),
+        "alpha": draw(alphas),
+        "use_effective_conv2d": draw(st.booleans()),
+        "init_weights": draw(st.booleans()),
+        "rank_pattern": draw(st.dictionaries(st.just(".*"), st.integers(1, 5), max_size=1)),
+        "alpha_pattern": draw(st.dictionaries(st.just(".*"), alphas, max_size=1)),
+    }
