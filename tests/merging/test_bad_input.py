@@ -154,7 +154,7 @@ def test_configuration_that_disagrees_with_the_file(refused, field, words):
 
 @pytest.mark.parametrize("kind", ["TELEPATHY", "lora", "", None, 5, ["LORA"], {"LORA": 1}, True])
 def test_unknown_method(refused, kind):
-    refused("adapter_config.json", "peft_type is", "known are LORA", config=lora_config(peft_type=kind))
+    refused("adapter_config.json", "peft_type is", "known are ADALORA, BOFT", config=lora_config(peft_type=kind))
 
 
 def test_no_method(refused):
