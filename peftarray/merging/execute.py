@@ -81,6 +81,7 @@ class _Queue:
         self._lock = threading.Lock()
         self._stopped = False
 
+    @np.errstate(all="ignore")  # what is not finite is found in the result
     def work(self) -> None:
         """Carry out tasks until there are none; what a worker runs."""
         scratch = Scratch()
@@ -305,7 +306,6 @@ def _tile_rows(output: Output, merger: SegmentMerger | None, whole: bool, segmen
     return max(1, _TILE // max(1, output.columns) // step) * step
 
 
-@np.errstate(all="ignore")  # what is not finite is found in the result
 def _merge_rows(
     output: Output,
     merger: SegmentMerger | None,

@@ -107,9 +107,7 @@ def merge(
         journal = Journal(partial, plan.fingerprint)
         try:
             resumed = len(journal.finished)
-            # Methods prepare their arrays in this thread; what overflows is found in the result, and is an error there.
-            with np.errstate(all="ignore"):
-                tensors = execute(plan, journal, threads=workers, progress=progress or (lambda count, name: None))
+            tensors = execute(plan, journal, threads=workers, progress=progress or (lambda count, name: None))
             notes = write_side_files(plan, partial)
             report = replace(report, tensors=tensors, notes=(*report.notes, *notes), resumed=resumed)
             if verify:

@@ -276,7 +276,8 @@ BOMB = "(?:(?:(?:a){1000}){1000}){1000}"
     ],
     ids=["open", "set", "name", "endless", "bomb", "long", "deep"],
 )
-def test_pattern(refused, field, pattern, words):
+def test_pattern(refused, field, pattern, words, monkeypatch):
+    monkeypatch.setattr(patterns, "_SECONDS", 0.05)  # a fast machine may get through a short name in half a second
     value = {pattern: 2} if field in ("rank_pattern", "alpha_pattern") else pattern
     # A pattern of layers is asked only for modules whose name is a target, and that the file has nothing for.
     layers = {"layers_to_transform": [0, 1], "target_modules": ["q_proj", "down_proj", "v_proj"]}
