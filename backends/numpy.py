@@ -1,14 +1,17 @@
-"""NumPy: arrays to and from the host are the arrays themselves."""
+"""NumPy: arrays to and from the host are the arrays themselves, and gradients come from the tape."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from peftarray.errors import ConfigError
 
-__all__ = ["from_host", "to_host"]
+__all__ = ["COMPILES", "checkpoint", "from_host", "jit", "to_host", "value_and_grad"]
+
+COMPILES = False
 
 
 def from_host(array: np.ndarray, *, device: str | None = None) -> np.ndarray:
@@ -22,3 +25,24 @@ def from_host(array: np.ndarray, *, device: str | None = None) -> np.ndarray:
 def to_host(array: Any) -> np.ndarray:
     """The array itself."""
     return np.asarray(array)
+
+
+def value_and_grad(
+    loss: Callable[..., Any], *, compiled: bool = False, **options: Any
+) -> Callable[..., tuple[Any, Any]]:
+    """As in `peftarray.backend.Backend`, by the tape; NumPy compiles nothing."""
+    from peftarray import autodiff  # most of what asks for this backend trains nothing
+
+    return autodiff.value_and_grad(loss, **options)
+
+
+def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, keeping nothing for its gradient but its arguments: it is run again on the way back."""
+    from peftarray import autodiff
+
+    return autodiff.checkpoint(function)
+
+
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` itself."""
+    return function

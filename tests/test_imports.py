@@ -22,6 +22,8 @@ STANDS_ON = {
     "errors": "",
     "arrays": "errors",
     "backend": "arrays",
+    "trees": "",
+    "gradients": "arrays trees",
     "dtypes": "errors",
     "patterns": "errors",
     "settings": "errors",

@@ -1,0 +1,49 @@
+"""array-api-strict: the array API standard and nothing else, to find what a formula asks beyond it.
+
+Arrays lie on the library's second device unless told otherwise: they refuse every silent way to NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import array_api_strict
+import numpy as np
+
+from peftarray import arrays
+
+__all__ = ["COMPILES", "checkpoint", "from_host", "jit", "to_host", "value_and_grad"]
+
+COMPILES = False
+
+
+def from_host(array: np.ndarray, *, device: str | None = None) -> Any:
+    """An array with the values of `array` on one of the devices `"CPU_DEVICE"`, `"device1"` and `"device2"`."""
+    return array_api_strict.asarray(array, device=array_api_strict.Device(device or "device1"), copy=True)
+
+
+def to_host(array: Any) -> np.ndarray:
+    """A NumPy array with the values of a strict array."""
+    return arrays.to_host(array)
+
+
+def value_and_grad(
+    loss: Callable[..., Any], *, compiled: bool = False, **options: Any
+) -> Callable[..., tuple[Any, Any]]:
+    """As in `peftarray.backend.Backend`, by the tape; the library compiles nothing."""
+    from peftarray import autodiff  # most of what asks for this backend trains nothing
+
+    return autodiff.value_and_grad(loss, **options)
+
+
+def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, keeping nothing for its gradient but its arguments: it is run again on the way back."""
+    from peftarray import autodiff
+
+    return autodiff.checkpoint(function)
+
+
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` itself."""
+    return function

@@ -1,0 +1,58 @@
+"""CuPy: arrays from and to the host, by explicit copies, the only ones that CuPy makes; gradients from the tape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cupy
+import numpy as np
+
+from peftarray import arrays
+from peftarray.errors import ConfigError
+
+__all__ = ["COMPILES", "checkpoint", "from_host", "jit", "to_host", "value_and_grad"]
+
+COMPILES = False
+
+
+def from_host(array: np.ndarray, *, device: int | str | None = None) -> Any:
+    """An array with the values of `array` on the GPU of this number (`1`, `"cuda:1"`), the current one if None.
+
+    Raises:
+        ConfigError: there is no such GPU.
+    """
+    if isinstance(device, str):
+        device = int(device.rpartition(":")[2])
+    try:
+        with cupy.cuda.Device(device):
+            return cupy.asarray(array)
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        message = f"device is {device!r}; CuPy cannot use it ({error}); choose a GPU that it finds, or another backend"
+        raise ConfigError(message) from None
+
+
+def to_host(array: Any) -> np.ndarray:
+    """A NumPy array with the values of a CuPy array."""
+    return arrays.to_host(array)
+
+
+def value_and_grad(
+    loss: Callable[..., Any], *, compiled: bool = False, **options: Any
+) -> Callable[..., tuple[Any, Any]]:
+    """As in `peftarray.backend.Backend`, by the tape; CuPy compiles nothing."""
+    from peftarray import autodiff  # most of what asks for this backend trains nothing
+
+    return autodiff.value_and_grad(loss, **options)
+
+
+def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, keeping nothing for its gradient but its arguments: it is run again on the way back."""
+    from peftarray import autodiff
+
+    return autodiff.checkpoint(function)
+
+
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` itself."""
+    return function

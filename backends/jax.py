@@ -1,0 +1,87 @@
+"""JAX: its grad and jit. Without `jax_enable_x64`, 64-bit values become 32-bit ones, as JAX has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from peftarray import arrays, trees
+from peftarray.gradients import Chosen, check_loss, refuse_unused
+
+__all__ = ["COMPILES", "checkpoint", "from_host", "jit", "to_host", "value_and_grad"]
+
+COMPILES = True
+"""JAX is made for it."""
+
+
+def from_host(array: np.ndarray, *, device: Any = None) -> jax.Array:
+    """An array with the values of `array` on a device of JAX (`"cpu"`, `"cuda:1"`), the default one if None."""
+    if isinstance(device, str):
+        platform, _, number = device.partition(":")
+        device = jax.devices(platform)[int(number or 0)]
+    return jax.device_put(array, device)
+
+
+def to_host(array: Any) -> np.ndarray:
+    """A NumPy array with the values of a JAX array."""
+    return arrays.to_host(array)
+
+
+def value_and_grad(
+    loss: Callable[..., Any],
+    *,
+    frozen: Collection[str] = (),
+    has_aux: bool = False,
+    unused: Literal["refuse", "zero"] = "refuse",
+    compiled: bool = False,
+) -> Callable[..., tuple[Any, Any]]:
+    """As in `peftarray.backend.Backend`. What a compiled loss takes beside `params` must be arrays and numbers."""
+
+    def run(params: Any, others: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
+        chosen = Chosen(params, frozen)
+
+        def of_chosen(leaves: list[Any]) -> Any:
+            result = loss(chosen.filled(leaves), *others, **options)
+            check_loss(result[0] if has_aux else result)
+            return result
+
+        if unused == "refuse":
+            used = _used(jax.make_jaxpr(of_chosen)(chosen.arrays))
+            refuse_unused(
+                [chosen.names[place] for place, is_used in zip(chosen.places, used, strict=True) if not is_used]
+            )
+        value, gradients = jax.value_and_grad(of_chosen, has_aux=has_aux)(chosen.arrays)
+        return value, chosen.gradients(gradients)
+
+    function = jax.jit(run) if compiled else run
+
+    def in_order(params: Any, *others: Any, **options: Any) -> tuple[Any, Any]:
+        tree = trees.refill(params, trees.leaves(params))  # of plain dicts, whatever mappings it came in
+        value, gradients = function(tree, others, options)
+        found = dict(trees.named(gradients))  # a compiled function sorts the keys of dicts
+        return value, trees.refill(tree, [found[name] for name, _ in trees.named(tree)])
+
+    return in_order
+
+
+def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, keeping nothing for its gradient but its arguments: it is run again on the way back."""
+    return jax.checkpoint(function)
+
+
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled; what it takes must be arrays and numbers."""
+    return jax.jit(function)
+
+
+def _used(traced: core.ClosedJaxpr) -> list[bool]:
+    """Whether the first result depends on each argument, but for what `stop_gradient` cuts off."""
+    found = set(traced.jaxpr.outvars[:1])
+    for equation in reversed(traced.jaxpr.eqns):
+        if equation.primitive.name != "stop_gradient" and not found.isdisjoint(equation.outvars):
+            found.update(x for x in equation.invars if not isinstance(x, core.Literal))
+    return [x in found for x in traced.jaxpr.invars]

@@ -1,0 +1,86 @@
+"""torch: its autograd and its compiler; bfloat16, which NumPy lacks, goes to the host and back by its bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import wraps
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import torch
+import torch.utils.checkpoint
+
+from peftarray import arrays
+from peftarray.gradients import Chosen, check_loss, refuse_independent, refuse_unused
+
+__all__ = ["COMPILES", "checkpoint", "from_host", "jit", "to_host", "value_and_grad"]
+
+COMPILES = False
+"""Inductor takes its time at the first step, and not every model has a graph without breaks."""
+
+
+def from_host(array: np.ndarray, *, device: str | torch.device | None = None) -> torch.Tensor:
+    """A tensor with the values of `array`; on the CPU it shares the array's memory where that may be written."""
+    array = np.require(array, requirements=["C", "W"])
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
+    return torch.from_numpy(array).to(device)
+
+
+def to_host(array: Any) -> np.ndarray:
+    """A NumPy array with the values of a tensor, of ml_dtypes for bfloat16."""
+    return arrays.to_host(array)
+
+
+def value_and_grad(
+    loss: Callable[..., Any],
+    *,
+    frozen: Collection[str] = (),
+    has_aux: bool = False,
+    unused: Literal["refuse", "zero"] = "refuse",
+    compiled: bool = False,
+) -> Callable[..., tuple[Any, Any]]:
+    """As in `peftarray.backend.Backend`. A compiled loss must be one graph: a break in it is torch's error."""
+    function = jit(loss) if compiled else loss
+
+    def run(params: Any, *others: Any, **options: Any) -> tuple[Any, Any]:
+        chosen = Chosen(params, frozen)
+        leaves = [array.detach().requires_grad_() for array in chosen.arrays]
+        with torch.enable_grad():
+            result = function(chosen.filled(leaves), *others, **options)
+        value, aux = result if has_aux else (result, None)
+        check_loss(value)
+        if not value.requires_grad:
+            refuse_independent(value)
+        gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+        pairs = list(zip(chosen.places, gradients, strict=True))
+        if unused == "refuse":
+            refuse_unused([chosen.names[place] for place, gradient in pairs if gradient is None])
+        filled = [torch.zeros_like(chosen.values[place]) if g is None else g for place, g in pairs]
+        value = value.detach()
+        return ((value, _detached(aux)) if has_aux else value), chosen.gradients(filled)
+
+    return run
+
+
+def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, keeping nothing for its gradient but its arguments: it is run again on the way back."""
+
+    @wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        # Without the generator's state: what is drawn here is drawn from keys.
+        return torch.utils.checkpoint.checkpoint(
+            function, *arguments, use_reentrant=False, preserve_rng_state=False, **options
+        )
+
+    return run
+
+
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled as one graph."""
+    return torch.compile(function, fullgraph=True)
+
+
+def _detached(tree: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, tree)
