@@ -40,6 +40,10 @@ def merge(
         str | None, typer.Option(metavar="SIZE", help="Split the result anew, such as 5GB; default: the base's files.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads; default: one a core.")] = None,
+    backend: Annotated[
+        str, typer.Option(help="Array library that computes the updates: numpy, torch, jax or cupy.")
+    ] = "numpy",
+    device: Annotated[str | None, typer.Option(help="Its device, such as cuda:0; default: the library's own.")] = None,
     allow_unmatched: Annotated[
         bool, typer.Option("--allow-unmatched", help="Pass over what has no counterpart in the base.")
     ] = False,
@@ -69,6 +73,8 @@ def merge(
             dtype=dtype,
             dry_run=dry_run,
             threads=threads,
+            backend=backend,
+            device=device,
             verify=verify,
             fail_if_retained_below=fail_if_retained_below,
             allow_unmatched=allow_unmatched,

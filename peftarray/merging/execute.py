@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from peftarray.dtypes import decode, dtype_name, encode
 from peftarray.errors import OutputError
 from peftarray.merging.journal import Journal
+from peftarray.merging.placement import HOST, Placement
 from peftarray.merging.plan import Output, Plan, Segment, Shard
 from peftarray.merging.report import Sums, TensorReport, sums_from_dict, sums_to_dict
 from peftarray.merging.tile import Scratch, SegmentMerger, can_tile
@@ -68,16 +69,25 @@ class _Queue:
         journal: where, and where they are recorded.
         syncer: a thread that waits for the disk, so that no worker has to.
         progress: told of every piece of work.
+        place: where the updates are computed.
         most_open: how many files may be open at once.
     """
 
     def __init__(
-        self, waiting: list[Shard], journal: Journal, syncer: ThreadPoolExecutor, progress: Progress, *, most_open: int
+        self,
+        waiting: list[Shard],
+        journal: Journal,
+        syncer: ThreadPoolExecutor,
+        progress: Progress,
+        place: Placement,
+        *,
+        most_open: int,
     ) -> None:
         self._waiting = list(reversed(waiting))
         self._open: list[_Work] = []
         self._syncs: list[Future[None]] = []
         self._journal, self._syncer, self._progress, self._most_open = journal, syncer, progress, most_open
+        self._place = place
         self._lock = threading.Lock()
         self._stopped = False
 
@@ -123,7 +133,7 @@ class _Queue:
             if (best is None or best.active) and self._waiting and len(works) < self._most_open:
                 shard = self._waiting.pop()
                 target = _open(self._journal.folder / shard.name, shard)
-                best = _Work(shard, target, _tasks(shard, target, self._progress))
+                best = _Work(shard, target, _tasks(shard, target, self._progress, self._place))
                 self._open.append(best)
             if best is not None:
                 best.active += 1
@@ -138,7 +148,9 @@ class _Queue:
                 self._syncs.append(self._syncer.submit(_finish, work.shard, work.target, self._journal))
 
 
-def execute(plan: Plan, journal: Journal, *, threads: int, progress: Progress) -> tuple[TensorReport, ...]:
+def execute(
+    plan: Plan, journal: Journal, *, threads: int, progress: Progress, place: Placement = HOST
+) -> tuple[TensorReport, ...]:
     """Write every shard of a plan that the journal does not have yet.
 
     Args:
@@ -146,6 +158,7 @@ def execute(plan: Plan, journal: Journal, *, threads: int, progress: Progress) -
         journal: where, and what is done already.
         threads: how many work at once; BLAS gets one thread in each.
         progress: told of every piece of work.
+        place: where the updates are computed.
 
     Returns:
         The figures of every changed tensor, those of earlier runs included.
@@ -164,7 +177,7 @@ def execute(plan: Plan, journal: Journal, *, threads: int, progress: Progress) -
         ThreadPoolExecutor(threads, "merge") as workers,
         ThreadPoolExecutor(1, "sync") as syncer,
     ):
-        queue = _Queue(waiting, journal, syncer, progress, most_open=threads)
+        queue = _Queue(waiting, journal, syncer, progress, place, most_open=threads)
         running = [workers.submit(queue.work) for _ in range(threads)]
         try:
             for future in as_completed(running):
@@ -210,7 +223,7 @@ def _finish(shard: Shard, target: _Target, journal: Journal) -> None:
         journal.record(shard.name, found)
 
 
-def _tasks(shard: Shard, target: _Target, progress: Progress) -> Iterator[_Task]:
+def _tasks(shard: Shard, target: _Target, progress: Progress, place: Placement) -> Iterator[_Task]:
     run: list[Output] = []
     for output in shard.outputs:
         if output.is_copy and (not run or _adjoins(run[-1], output)):
@@ -221,7 +234,7 @@ def _tasks(shard: Shard, target: _Target, progress: Progress) -> Iterator[_Task]
         if output.is_copy:
             run = [output]
         else:
-            yield from _merges(output, target, progress)
+            yield from _merges(output, target, progress, place)
     yield from _copies(run, target, progress)
 
 
@@ -266,7 +279,7 @@ def _copy_range(source: SafetensorsFile, target: _Target, begin: int, at: int, c
             done += len(part)
 
 
-def _merges(output: Output, target: _Target, progress: Progress) -> Iterator[_Task]:
+def _merges(output: Output, target: _Target, progress: Progress, place: Placement) -> Iterator[_Task]:
     if output.segments:
         # A tensor without entries has no task, and still has its line in the report.
         target.reports.setdefault(output.name, Sums())
@@ -274,7 +287,7 @@ def _merges(output: Output, target: _Target, progress: Progress) -> Iterator[_Ta
     for segment in output.segments or (Segment(0, _rows(output), ()),):
         rows_done = segment.end
         whole = not can_tile(segment)
-        merger = SegmentMerger(output, segment) if segment.contributions else None
+        merger = SegmentMerger(output, segment, place) if segment.contributions else None
         step = _tile_rows(output, merger, whole, segment)
         rows = max(step, _TASK // max(1, output.columns * output.dtype.bits // 8) // step * step)
         for begin in range(segment.begin, segment.end, segment.end - segment.begin if whole else rows):

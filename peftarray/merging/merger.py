@@ -29,6 +29,7 @@ from peftarray.formats import peft
 from peftarray.formats.adapters import Adapters
 from peftarray.merging.execute import Progress, execute, planned_memory
 from peftarray.merging.journal import JOURNAL, Journal, read_journal, sync_folder
+from peftarray.merging.placement import placement
 from peftarray.merging.plan import Plan, make_plan
 from peftarray.merging.report import MergeReport
 from peftarray.merging.side_files import side_bytes, write_side_files
@@ -50,6 +51,8 @@ def merge(
     dtype: str | None = None,
     dry_run: bool = False,
     threads: int | None = None,
+    backend: str = "numpy",
+    device: str | None = None,
     verify: bool = False,
     fail_if_retained_below: float | None = None,
     allow_unmatched: bool = False,
@@ -69,6 +72,9 @@ def merge(
         dtype: write all floating tensors in this dtype; None keeps each tensor's own.
         dry_run: plan and check, and write nothing.
         threads: how many work at once; None for one a core.
+        backend: the array library that computes the updates: `"numpy"`, `"torch"`, `"jax"`, `"cupy"` or one that
+            another package brings. Reading, rounding and writing are the host's.
+        device: where, as that library names its devices (`"cuda:0"`); None for its own choice.
         verify: recompute everything in float64 afterwards, before `out` gets its name.
         fail_if_retained_below: raise if the output holds less of the update's energy than this share.
         allow_unmatched: pass over adapter tensors, targets and configuration fields without a counterpart.
@@ -89,9 +95,10 @@ def merge(
         raise ConfigError(message)
     size = parse_size(max_shard_size) if max_shard_size is not None else None
     kind = parse_dtype(dtype) if dtype is not None else None
+    place = placement(backend, device)
     source, pairs = open_inputs(base, adapters, scale, allow_unmatched=allow_unmatched)
     finished = _check_place(target, [source.path, *(Path(adapter.name) for adapter, _ in pairs)], dry_run=dry_run)
-    plan = make_plan(source, pairs, dtype=kind, max_shard_size=size)
+    plan = make_plan(source, pairs, dtype=kind, max_shard_size=size, place=place.name)
     for adapter, _ in pairs:
         _check_numbers(adapter)
     report = _planned(plan, target, workers, dry_run=dry_run)
@@ -107,7 +114,9 @@ def merge(
         journal = Journal(partial, plan.fingerprint)
         try:
             resumed = len(journal.finished)
-            tensors = execute(plan, journal, threads=workers, progress=progress or (lambda count, name: None))
+            tensors = execute(
+                plan, journal, threads=workers, progress=progress or (lambda count, name: None), place=place
+            )
             notes = write_side_files(plan, partial)
             report = replace(report, tensors=tensors, notes=(*report.notes, *notes), resumed=resumed)
             if verify:

@@ -19,6 +19,7 @@ from peftarray.dtypes import StorageDType, storage_dtype
 from peftarray.errors import ConfigError, MatchError, ShapeError, UnsupportedError
 from peftarray.formats.adapters import Adapters, Piece, Ref, Site, matrix_rows
 from peftarray.merging.fit import check_fit
+from peftarray.merging.placement import HOST
 from peftarray.stores.checkpoint import Checkpoint
 from peftarray.stores.safetensors import SafetensorsFile, TensorInfo, header_bytes
 
@@ -147,8 +148,11 @@ def make_plan(
     *,
     dtype: StorageDType | None = None,
     max_shard_size: int | None = None,
+    place: str = HOST.name,
 ) -> Plan:
     """Plan the merge of adapters, each with its weight, into a base. Reads nothing but what was read already.
+
+    `place` says where the updates will be computed: another library may round them otherwise.
 
     Raises:
         MatchError: two adapters contradict each other.
@@ -183,7 +187,7 @@ def make_plan(
             "metadata": metadata,
             "weight_map": dict(sorted((output.name, shard.name) for shard in shards for output in shard.outputs)),
         }
-    fingerprint = _fingerprint(base, adapters, dtype, max_shard_size)
+    fingerprint = _fingerprint(base, adapters, dtype, max_shard_size, place)
     index_name = base.index_name or "model.safetensors.index.json"
     return Plan(base, tuple(adapters), shards, index, index_name, dtype, fingerprint)
 
@@ -379,7 +383,11 @@ def _segments(info: TensorInfo, columns: int, contributions: tuple[Contribution,
 
 
 def _fingerprint(
-    base: Checkpoint, adapters: Sequence[tuple[Adapters, float]], dtype: StorageDType | None, max_shard_size: int | None
+    base: Checkpoint,
+    adapters: Sequence[tuple[Adapters, float]],
+    dtype: StorageDType | None,
+    max_shard_size: int | None,
+    place: str,
 ) -> str:
     def files(checkpoint: Checkpoint) -> list[list[Any]]:
         return [
@@ -394,5 +402,6 @@ def _fingerprint(
         "adapters": [[files(a.tensors), repr(a.config), weight] for a, weight in adapters],
         "dtype": dtype.code if dtype else None,
         "max_shard_size": max_shard_size,
+        "place": place,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -13,6 +13,7 @@ from peftarray.arrays import Params
 from peftarray.dtypes import decode, encode
 from peftarray.errors import NumberError
 from peftarray.formats.adapters import Ref, Site
+from peftarray.merging.placement import Placement
 from peftarray.merging.plan import Contribution, Output, Part, Segment
 from peftarray.merging.report import Sums
 
@@ -57,11 +58,13 @@ class SegmentMerger:
     Args:
         output: the tensor.
         segment: the rows.
+        place: where the methods' arrays lie, and updates are computed.
     """
 
-    def __init__(self, output: Output, segment: Segment) -> None:
+    def __init__(self, output: Output, segment: Segment, place: Placement) -> None:
         self.output = output
         self.segment = segment
+        self.place = place
         self.source = output.info.dtype
         self.target = output.dtype
         self.compute = np.dtype(np.float64) if "F64" in (self.source.code, self.target.code) else np.dtype(np.float32)
@@ -83,7 +86,7 @@ class SegmentMerger:
 
     def _prepare(self, site: Site, contribution: Contribution) -> Callable[[int, int], Params]:
         raw = contribution.adapters.params(site, self.compute, partial(self._whole, site))
-        p = site.method.prepare(raw, site.layer)
+        p = site.method.prepare({name: self.place.put(array) for name, array in raw.items()}, site.layer)
         if site.row_axis not in site.method.tiles.split():
             return lambda start, stop: p
         self._steps.append(site.method.granularity(p, site.layer, site.row_axis))
@@ -165,8 +168,8 @@ class SegmentMerger:
         site, piece = part.site, part.piece
         start = piece.start + begin - piece.at
         p = self.prepared()[id(site)](start, start + end - begin)
-        w = value.T if site.layer.transposed else value
-        update = site.method.update(p, w, site.layer)
+        w = self.place.put(value)
+        update = self.place.get(site.method.update(p, w.T if site.layer.transposed else w, site.layer))
         return np.ascontiguousarray(update.T) if site.layer.transposed else update
 
     def _rows_of(self, ref: Ref, contribution: Contribution, begin: int, end: int) -> np.ndarray:

@@ -117,6 +117,9 @@ class VeraConfig(LowRank):
             return thin_product(b * up * d, down)
         return b * thin_product(up, d[:, None] * down)
 
+    def weight(self, p: Params, w: Array, layer: Layer) -> Array:
+        return w + self.update(p, w, layer)
+
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         return x @ w.mT + (x @ p["down"].mT * p["d"]) @ p["up"].mT * p["b"]
 
