@@ -158,7 +158,23 @@ class Attention(torch.nn.Module):
         return self.final(self.attn(x, x, x, need_weights=False)[0])
 
 
+class Grouped(torch.nn.Module):
+    """Convolutions whose channels are split into groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = torch.nn.Embedding(VOCABULARY, 12)
+        self.plane = torch.nn.Conv2d(12, 8, (3, 1), groups=2)
+        self.each = torch.nn.Conv2d(8, 16, (1, 2), groups=8)
+        self.space = torch.nn.Conv3d(16, 9, (2, 1, 1), padding=1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        plane = self.each(self.plane(self.tokens(ids).mT[..., None].expand(-1, -1, -1, 4)).relu())
+        return self.space(plane[:, :, None]).flatten(1)
+
+
 MODULES: dict[str, Callable[[], torch.nn.Module]] = {
+    "grouped": Grouped,
     "convolutions": Convolutions,
     "projections": Projections,
     "attention": Attention,
