@@ -117,10 +117,10 @@ class IA3Config(Transform):
         return w / gain
 
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
-        gain = p["ia3_l"]
-        if not self._feeds(layer.name):
-            return scale_outputs(contract(x, w, layer), namespace(gain).reshape(gain, (-1,)), layer)
-        return contract(x * (gain if layer.kernel else gain[0, :]), w, layer)
+        return self._scaled(p["ia3_l"], x, w, layer)
+
+    def apply_update(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
+        return self._scaled(p["ia3_l"] - 1, x, w, layer)
 
     def touches(self, layer: Layer) -> tuple[str, ...]:
         return ("weight", "bias") if layer.bias and not self._feeds(layer.name) else ("weight",)
@@ -131,6 +131,12 @@ class IA3Config(Transform):
 
     def stored_in_out(self) -> bool:
         return self.fan_in_fan_out
+
+    def _scaled(self, gain: Array, x: Array, w: Array, layer: Layer) -> Array:
+        """The base's output, scaled itself or from scaled inputs: no gradient of the whole weight is made."""
+        if self._feeds(layer.name):
+            return contract(x * (gain if layer.kernel else gain[0, :]), w, layer)
+        return scale_outputs(contract(x, w, layer), namespace(gain).reshape(gain, (-1,)), layer)
 
     def _feeds(self, name: str) -> bool:
         """Whether the module called `name` is feedforward."""

@@ -52,7 +52,7 @@ class VeraConfig(LowRank):
 
     peft_type: ClassVar[str] = "VERA"
     reads_peers: ClassVar[bool] = True
-    prepared: ClassVar[Mapping[str, str]] = {"up": "out r", "down": "r in", "b": "out", "d": "r"}
+    prepared: ClassVar[Mapping[str, str]] = {"B": "out r", "A": "r in", "b": "out", "d": "r"}
 
     r: int = setting(256, whole(1))
     projection_prng_key: int = setting(0, _key)
@@ -103,25 +103,27 @@ class VeraConfig(LowRank):
         return {name: values for name, values in made.items() if name not in p}
 
     def factors(self, p: Params, layer: Layer) -> tuple[Array, Array]:
-        up, down = p["vera_B"][: layer.out, :], p["vera_A"][:, : layer.fan_in]
-        return p["vera_lambda_b"][:, None] * up, p["vera_lambda_d"][:, None] * down
+        B, A = p["vera_B"][: layer.out, :], p["vera_A"][:, : layer.fan_in]
+        return p["vera_lambda_b"][:, None] * B, p["vera_lambda_d"][:, None] * A
 
     def prepare(self, p: Params, layer: Layer) -> dict[str, Array]:
         # Parts of the shared matrices, not products with them: no layer has a copy.
-        up, down = p["vera_B"][: layer.out, :], p["vera_A"][:, : layer.fan_in]
-        return {"up": up, "down": down, "b": p["vera_lambda_b"], "d": p["vera_lambda_d"]}
+        B, A = p["vera_B"][: layer.out, :], p["vera_A"][:, : layer.fan_in]
+        return {"B": B, "A": A, "b": p["vera_lambda_b"], "d": p["vera_lambda_d"]}
 
     def update(self, p: Params, w: Array, layer: Layer) -> Array:
-        up, down, b, d = p["up"], p["down"], p["b"][:, None], p["d"]
-        if w.shape[0] <= w.shape[1]:
-            return thin_product(b * up * d, down)
-        return b * thin_product(up, d[:, None] * down)
+        B, A, b, d = p["B"], p["A"], p["b"][:, None], p["d"]
+        # The smaller of the two is scaled.
+        return thin_product(b * B * d, A) if w.shape[0] <= w.shape[1] else b * thin_product(B, d[:, None] * A)
 
     def weight(self, p: Params, w: Array, layer: Layer) -> Array:
         return w + self.update(p, w, layer)
 
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
-        return x @ w.mT + (x @ p["down"].mT * p["d"]) @ p["up"].mT * p["b"]
+        return x @ w.mT + self.apply_update(p, x, w, layer)
+
+    def apply_update(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
+        return (x @ p["A"].mT * p["d"]) @ p["B"].mT * p["b"]
 
     def stored_in_out(self) -> bool:
         return self.fan_in_fan_out
