@@ -173,15 +173,15 @@ class BaseNames:
         rows = sum(self.base[place.disk].shape[0] for place in places[: first.part[1]])
         return (experts, rows, *shape[1:])
 
-    def pieces(self, tensor: str, expert: int | None = None) -> tuple[Piece, ...]:
-        """Where the stored matrix of a live tensor lies, or that of one expert of a stack."""
-        places = self.places[tensor]
     def dtype(self, tensor: str) -> str:
         """What a tensor is stored in, as people call it; empty where that is no floating dtype."""
         disk = self.places[tensor][0].disk
         dtype = storage_dtype(self.base[self.untied.get(disk, disk)].code)
         return dtype_name(dtype.code) if dtype is not None and dtype.floating else ""
 
+    def pieces(self, tensor: str, expert: int | None = None) -> tuple[Piece, ...]:
+        """Where the stored matrix of a live tensor lies, or that of one expert of a stack."""
+        places = self.places[tensor]
         if expert is None or places[0].expert is None:
             rows = self._rows(places[0], expert)
             at = 0 if expert is None else expert * rows
