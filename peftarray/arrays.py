@@ -6,7 +6,7 @@ frozen NumPy factor beneath a traced array ends up in the namespace that can tra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -17,10 +17,17 @@ from peftarray.errors import PeftError
 __all__ = [
     "Array",
     "Params",
+    "add_matmul",
+    "add_product",
+    "by_rows",
     "constant",
     "device",
     "integers",
+    "is_short",
+    "multiplies_short",
     "namespace",
+    "register_branch",
+    "row_norms",
     "stop_gradient",
     "thin_product",
     "to_host",
@@ -30,8 +37,11 @@ __all__ = [
 Array = Any
 Params = Mapping[str, Array]
 
-# OpenBLAS takes its path for small matrices up to this many multiplications.
+# OpenBLAS takes its path for small matrices up to this many multiplications, and it is the faster one up to this rank.
 _SMALL_PRODUCT = 1_000_000
+_SMALL_RANK = 16
+# So many numbers, and a few arrays as large, stay in a core's cache.
+_CACHED = 1 << 16
 # type -> (rank, namespace). A plain dict filled on a miss: a look-up takes 0.1 us, and compilers can trace it.
 # NumPy 2 keeps the standard by itself; to load the shim around it would take longer than a small merge.
 _NAMESPACES: dict[type, tuple[int, Any]] = {np.ndarray: (0, np)}
@@ -102,6 +112,16 @@ def wide(like: Array) -> Array:
     return xp.zeros((), dtype=xp.float32, device=device(like))
 
 
+def is_short(array: Array) -> bool:
+    """Whether it holds floating numbers of fewer bits than float32."""
+    return getattr(array.dtype, "itemsize", 4) < 4 and "float" in str(array.dtype)
+
+
+def multiplies_short(array: Array) -> bool:
+    """Whether its library multiplies matrices of short floating dtypes at speed; NumPy does not."""
+    return not isinstance(array, np.ndarray)
+
+
 def integers(values: Sequence[int], like: Array) -> Array:
     """Whole numbers as an index array of the library and device of `like`."""
     xp = namespace(like)
@@ -127,6 +147,23 @@ def stop_gradient(array: Array) -> Array:
     return array
 
 
+def register_branch(
+    kind: type, like: Array, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]
+) -> None:
+    """Let the library of `like` look into objects of this kind, where it has trees of arrays of its own.
+
+    Args:
+        kind: the class.
+        like: an array of the library.
+        flatten: object -> (arrays, what else makes it).
+        unflatten: (what else makes it, arrays) -> object.
+    """
+    if not isinstance(like, np.ndarray) and _shim().is_jax_array(like):
+        import jax
+
+        jax.tree_util.register_pytree_node(kind, flatten, unflatten)
+
+
 def thin_product(up: Array, down: Array) -> Array:
     """`up @ down` of thin factors `(n, r)` and `(r, m)`.
 
@@ -138,7 +175,7 @@ def thin_product(up: Array, down: Array) -> Array:
     rows, rank = up.shape
     columns = down.shape[1]
     block = _SMALL_PRODUCT // max(1, rank * columns)
-    stacks = rows // block if block > 1 else 0
+    stacks = rows // block if block > 1 and rank <= _SMALL_RANK else 0
     if stacks < 2:
         return up @ down
     product = np.empty((rows, columns), np.result_type(up, down))
@@ -146,6 +183,54 @@ def thin_product(up: Array, down: Array) -> Array:
     np.matmul(up[:whole].reshape(stacks, block, rank), down, out=product[:whole].reshape(stacks, block, columns))
     np.matmul(up[whole:], down, out=product[whole:])
     return product
+
+
+def add_matmul(base: Array, left: Array, right: Array) -> Array:
+    """`base + left @ right` of matrices; in one pass over the base where the library has such a product."""
+    if _is_fused(base, left, right):
+        return base.addmm(left, right)
+    return base + thin_product(left, right)
+
+
+def add_product(base: Array, left: Array, right: Array) -> Array:
+    """`base + left * right`; in one pass where the library has such a sum."""
+    if _is_fused(base, left, right):
+        return base.addcmul(left, right)
+    return base + left * right
+
+
+def _is_fused(base: Array, *others: Array) -> bool:
+    """Whether all are torch's, of one dtype."""
+    if isinstance(base, np.ndarray):
+        return False
+    return all(_shim().is_torch_array(array) and array.dtype == base.dtype for array in (base, *others))
+
+
+def by_rows(make: Callable[[slice], Array], like: Array) -> Array:
+    """What `make` makes of all rows, where the result is a matrix like `like`.
+
+    NumPy goes through the memory once for each operation; so it makes blocks of rows that stay in the cache.
+    """
+    if not isinstance(like, np.ndarray):
+        return make(slice(None))
+    rows = max(1, _CACHED // max(1, like.shape[1]))
+    first = make(slice(rows))
+    if not isinstance(first, np.ndarray):  # traced factors over a plain base
+        return make(slice(None))
+    if rows >= like.shape[0]:
+        return first
+    made = np.empty(like.shape, first.dtype)
+    made[:rows] = first
+    for start in range(rows, like.shape[0], rows):
+        made[start : start + rows] = make(slice(start, start + rows))
+    return made
+
+
+def row_norms(matrix: Array) -> Array:
+    """The Euclidean norm of each row, in one pass over the matrix."""
+    if isinstance(matrix, np.ndarray):
+        return np.sqrt(np.vecdot(matrix, matrix))
+    return namespace(matrix).linalg.vector_norm(matrix, axis=1)
 
 
 def to_host(array: Array) -> np.ndarray:

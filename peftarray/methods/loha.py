@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peftarray import random
-from peftarray.arrays import Array, Params, namespace, thin_product
+from peftarray.arrays import Array, Params, add_product, by_rows, namespace, thin_product
 from peftarray.layers import Kind, Layer, contract, pays, through, tucker_factor
 from peftarray.method import Additive, Param
 from peftarray.settings import boolean, mapping_of, number, optional, setting, whole
@@ -80,17 +80,31 @@ class LoHaConfig(Additive):
     def delta(self, p: Params, layer: Layer) -> Array:
         return thin_product(p["up1"], p["down1"]) * thin_product(p["up2"], p["down2"])
 
+    def weight(self, p: Params, w: Array, layer: Layer) -> Array:
+        def make(rows: slice) -> Array:
+            first = thin_product(p["up1"][rows, ...], p["down1"])
+            return add_product(w[rows, ...], first, thin_product(p["up2"][rows, ...], p["down2"]))
+
+        return by_rows(make, w)
+
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
+        if self._is_thin(p, layer):
+            return contract(x, w, layer) + self.apply_update(p, x, w, layer)
+        return super().apply(p, x, w, layer)
+
+    def apply_update(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         """Where the ranks are small, `(A1 B1) * (A2 B2)` is a product of factors of rank `r * r`: rows of `A1` and `A2`
         multiplied each with each, and columns of `B1` and `B2`.
         """
-        rank = p["up1"].shape[1] ** 2
-        if not pays(rank * (layer.out + layer.fan_in), layer):
-            return super().apply(p, x, w, layer)
+        if not self._is_thin(p, layer):
+            return contract(x, self.delta(p, layer), layer)
         xp = namespace(*p.values())
-        up = xp.reshape(p["up1"][:, :, None] * p["up2"][:, None, :], (-1, rank))
-        down = xp.reshape(p["down1"][:, None, :] * p["down2"][None, :, :], (rank, -1))
-        return contract(x, w, layer) + through(x, down, up, layer)
+        up = xp.reshape(p["up1"][:, :, None] * p["up2"][:, None, :], (layer.out, -1))
+        down = xp.reshape(p["down1"][:, None, :] * p["down2"][None, :, :], (-1, layer.fan_in))
+        return through(x, down, up, layer)
+
+    def _is_thin(self, p: Params, layer: Layer) -> bool:
+        return pays(p["up1"].shape[1] * p["up2"].shape[1] * (layer.out + layer.fan_in), layer)
 
     def _is_tucker(self, layer: Layer) -> bool:
         return self.use_effective_conv2d and any(size != 1 for size in layer.kernel)

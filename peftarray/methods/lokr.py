@@ -8,12 +8,13 @@ arXiv:2309.14859.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from peftarray import random
-from peftarray.arrays import Array, Params, namespace, thin_product
+from peftarray.arrays import Array, Params, add_product, namespace, thin_product
 from peftarray.layers import Kind, Layer, contract, pays, through, tucker_factor
 from peftarray.method import Additive, Param
 from peftarray.settings import Rule, boolean, mapping_of, number, one_of, optional, setting, whole
@@ -108,29 +109,39 @@ class LoKrConfig(Additive):
         return {"outer": w1[:, :, None], "inner_up": up, "inner_down": down}
 
     def delta(self, p: Params, layer: Layer) -> Array:
-        outer = p["outer"]
-        inner = p["inner"] if "inner" in p else thin_product(p["inner_up"], p["inner_down"])
-        blocks = outer[:, None, :, None, :] * inner[None, :, None, :, None]
-        return namespace(blocks).reshape(blocks, (outer.shape[0] * inner.shape[0], -1))
+        outer, inner = _blocks(p)
+        return namespace(outer).reshape(outer * inner, (outer.shape[0] * inner.shape[1], -1))
+
+    def weight(self, p: Params, w: Array, layer: Layer) -> Array:
+        outer, inner = _blocks(p)
+        xp = namespace(w, outer)
+        shape = tuple(map(operator.mul, outer.shape, inner.shape))  # along each axis one of them is 1
+        return xp.reshape(add_product(xp.reshape(w, shape), outer, inner), w.shape)
 
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
+        if self._is_cheap(p, layer):
+            return contract(x, w, layer) + self.apply_update(p, x, w, layer)
+        return super().apply(p, x, w, layer)
+
+    def apply_update(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         """`(outer kron inner) x` is `outer X inner^T`, with `x` read as the matrix `X` of its blocks."""
-        rows, columns, taps = p["outer"].shape
-        block = replace(layer, shape=(layer.out // rows, layer.shape[1] // columns, *layer.kernel))
-        within = sum(math.prod(factor.shape) for name, factor in p.items() if name != "outer")
-        if taps > 1 or layer.window.groups > 1 or not pays(columns * (within + rows * block.out), layer):
-            return super().apply(p, x, w, layer)
+        if not self._is_cheap(p, layer):
+            return contract(x, self.delta(p, layer), layer)
         xp = namespace(x, *p.values())
-        outer = p["outer"][:, :, 0]
+        outer, block = p["outer"][:, :, 0], _block(p, layer)
+        columns = outer.shape[1]
         if layer.kind == "linear":
             hidden = _through_inner(p, xp.reshape(x, (*x.shape[:-1], columns, block.shape[1])), block)
-            update = xp.reshape(outer @ hidden, (*x.shape[:-1], layer.out))
-        else:
-            batch, space = x.shape[0], x.shape[2:]
-            hidden = _through_inner(p, xp.reshape(x, (batch * columns, block.shape[1], *space)), block)
-            update = outer @ xp.reshape(hidden, (batch, columns, -1))
-            update = xp.reshape(update, (batch, layer.out, *hidden.shape[2:]))
-        return contract(x, w, layer) + update
+            return xp.reshape(outer @ hidden, (*x.shape[:-1], layer.out))
+        batch, space = x.shape[0], x.shape[2:]
+        hidden = _through_inner(p, xp.reshape(x, (batch * columns, block.shape[1], *space)), block)
+        update = outer @ xp.reshape(hidden, (batch, columns, -1))
+        return xp.reshape(update, (batch, layer.out, *hidden.shape[2:]))
+
+    def _is_cheap(self, p: Params, layer: Layer) -> bool:
+        _, columns, taps = p["outer"].shape
+        within = sum(math.prod(factor.shape) for name, factor in p.items() if name != "outer")
+        return taps == layer.window.groups == 1 and pays(columns * (within + layer.out), layer)
 
     def _first(self, rows: int, columns: int) -> dict[str, Param]:
         first = random.zeros if self.init_weights is True else random.kaiming_uniform
@@ -175,6 +186,18 @@ def split(dimension: int, factor: int = -1) -> tuple[int, int]:
     most = root if factor == -1 else min(factor, root)
     first = next((number for number in range(most, 1, -1) if dimension % number == 0), 1)
     return first, dimension // first
+
+
+def _block(p: Params, layer: Layer) -> Layer:
+    """The layer that `inner` would be the weight of."""
+    rows, columns, _ = p["outer"].shape
+    return replace(layer, shape=(layer.out // rows, layer.shape[1] // columns, *layer.kernel))
+
+
+def _blocks(p: Params) -> tuple[Array, Array]:
+    """Both factors with axes for (row block, row, column block, column, kernel), whose product is the update."""
+    inner = p["inner"] if "inner" in p else thin_product(p["inner_up"], p["inner_down"])
+    return p["outer"][:, None, :, None, :], inner[None, :, None, :, None]
 
 
 def _through_inner(p: Params, x: Array, block: Layer) -> Array:

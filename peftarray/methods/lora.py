@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Never
 
 from peftarray import random
-from peftarray.arrays import Array, Params, device, namespace, stop_gradient
+from peftarray.arrays import Array, Params, device, namespace, row_norms, stop_gradient
 from peftarray.errors import ConfigError, UnsupportedError
 from peftarray.layers import Kind, Layer, scale_outputs
 from peftarray.method import LowRank, Param
@@ -156,6 +156,12 @@ class LoraConfig(LowRank):
         ones = tuple(1 for _ in layer.kernel)
         kernel = "".join(f" k{i}" for i in range(len(layer.kernel)))
         side, blocks = self.use_bdlora if isinstance(self.use_bdlora, tuple) else ("", 1)
+        if (layer.shape[1] if side == "a" else self.r) % blocks:
+            message = (
+                f"{layer.name}: LoraConfig.use_bdlora has {blocks} blocks, which must divide the layer's inputs "
+                f"({layer.shape[1]}) or, for target_modules_bd_b, r ({self.r})"
+            )
+            raise ConfigError(message)
         fan_in, rank = layer.shape[1] // (blocks if side == "a" else 1), self.r // (blocks if side == "b" else 1)
         down, up = "r cin" + kernel if kernel else "r in", "out r" + kernel
         disk = "lora_embedding_{}" if layer.kind == "embedding" else "lora_{}.weight"
@@ -211,12 +217,13 @@ class LoraConfig(LowRank):
         return made
 
     def update(self, p: Params, w: Array, layer: Layer) -> Array:
-        delta = super().update(p, w, layer)
+        return self.weight(p, w, layer) - w if self.use_dora else super().update(p, w, layer)
+
+    def weight(self, p: Params, w: Array, layer: Layer) -> Array:
+        direction = super().weight(p, w, layer)
         if not self.use_dora:
-            return delta
-        direction = w + delta
-        norm = namespace(direction).linalg.vector_norm(direction, axis=1)
-        return direction * self._gain(p, norm)[:, None] - w
+            return direction
+        return direction * self._gain(p, row_norms(direction))[:, None]
 
     def inverse(self, p: Params, w: Array, layer: Layer) -> Array:
         if self.use_dora:
@@ -232,7 +239,7 @@ class LoraConfig(LowRank):
         if not self.use_dora:
             return y
         # The norm is a constant of the gradient (DoRA, section 4.3), so that nothing of it is kept for backward.
-        norm = _row_norms(*map(stop_gradient, (w, p["up"], p["down"])))
+        norm = _sum_norms(*map(stop_gradient, (w, p["up"], p["down"])))
         return scale_outputs(y, self._gain(p, norm), layer)
 
     def touches(self, layer: Layer) -> tuple[str, ...]:
@@ -299,13 +306,13 @@ def changes_base(init: bool | str) -> bool:
     return isinstance(init, str) and init.startswith(_CHANGES_BASE)
 
 
-def _row_norms(w: Array, up: Array, down: Array) -> Array:
+def _sum_norms(w: Array, up: Array, down: Array) -> Array:
     """The norm of each row of `w + up @ down`, from the factors' products: the sum itself is never formed.
 
     `|w + u D|^2 = |w|^2 + (2 w D^T + u D D^T) . u` for a row `w` and its row `u` of `up`.
     """
     xp = namespace(w, up, down)
-    return xp.sqrt(xp.vecdot(w, w) + xp.vecdot(2 * (w @ down.mT) + up @ (down @ down.mT), up))
+    return xp.sqrt(row_norms(w) ** 2 + xp.vecdot(2 * (w @ down.mT) + up @ (down @ down.mT), up))
 
 
 def _needs_initialiser(seed: int, stream: str, shape: tuple[int, ...]) -> Never:
