@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from peftarray.errors import QualityError as QualityError
     from peftarray.errors import ShapeError as ShapeError
     from peftarray.errors import UnsupportedError as UnsupportedError
+    from peftarray.formats.peft_writer import SavedAdapters as SavedAdapters
+    from peftarray.formats.peft_writer import load_adapters as load_adapters
+    from peftarray.formats.peft_writer import save_adapters as save_adapters
     from peftarray.inspection import Inspection as Inspection
     from peftarray.inspection import inspect as inspect
     from peftarray.layers import Layer as Layer
@@ -49,6 +52,7 @@ _HOMES = {
     "adapter": "Adapter",
     "errors": "ConfigError FormatError MatchError NumberError OutputError PeftError QualityError ShapeError"
     " UnsupportedError",
+    "formats.peft_writer": "SavedAdapters load_adapters save_adapters",
     "inspection": "Inspection inspect",
     "layers": "Layer Window",
     "merging": "MergeReport Verification merge verify",

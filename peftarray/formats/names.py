@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from peftarray.dtypes import dtype_name, storage_dtype
@@ -20,6 +20,7 @@ from peftarray.formats.models import (
     stored_transposed,
     types_inside,
 )
+from peftarray.layers import Layer
 from peftarray.stores.checkpoint import Checkpoint
 from peftarray.targets import ends_with
 
@@ -83,6 +84,7 @@ class BaseNames:
     """What a base's tensors are called in memory and on disk.
 
     Attributes:
+        layers: what the caller knows of layers, by their paths.
         places: live (or disk) tensor name -> where it lies. Adapters of older releases use the disk names.
         live: the live names alone.
         modules: every module path that holds a tensor.
@@ -90,8 +92,9 @@ class BaseNames:
         resized: tensor on disk -> the number of rows that the adapter's tensor has in its place.
     """
 
-    def __init__(self, base: Checkpoint) -> None:
+    def __init__(self, base: Checkpoint, layers: Mapping[str, Layer] | None = None) -> None:
         self.base = base
+        self.layers = dict(layers or {})
         kind = base.config.get("model_type")
         self.model_type = kind if isinstance(kind, str) else None
         shapes = {name: info.shape for name, info in base.items()}

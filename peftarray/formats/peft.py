@@ -7,6 +7,7 @@ method's table, or the name of a tensor of that module, which the adapter then r
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -41,25 +42,34 @@ class _Sorted:
     leftover: list[str] = field(default_factory=list)
 
 
-def read(path: str | Path, base: Checkpoint, *, allow_unmatched: bool = False) -> Adapters:
+def read(
+    path: str | Path,
+    base: Checkpoint,
+    *,
+    allow_unmatched: bool = False,
+    config: AdapterConfig | None = None,
+    layers: Mapping[str, Layer] | None = None,
+) -> Adapters:
     """An adapter folder, against the base that it is for. Reads headers and two JSON files, no data.
 
     Args:
         path: the folder.
         base: the base checkpoint.
         allow_unmatched: pass over tensors, targets and configuration fields without a counterpart.
+        config: in place of the folder's own.
+        layers: module's name -> its layer, where more is known of it than the base's tensors tell.
 
     Raises:
         PeftError: of the kind that fits; see `peftarray.errors`.
     """
     folder = Path(path)
-    config = read_config(folder, allow_unknown=allow_unmatched)
+    config = config or read_config(folder, allow_unknown=allow_unmatched)
     reason = config.why_not_mergeable()
     if reason:
         message = f"{folder}: {reason}"
         raise UnsupportedError(message)
     tensors = open_weights(folder)
-    names = BaseNames(base)
+    names = BaseNames(base, layers)
     keys = {key.removeprefix(_PREFIX): key for key in tensors}
     if len(keys) != len(tensors):
         message = f"{folder}: some tensors stand with and without the prefix {_PREFIX}; the file is damaged"
@@ -282,6 +292,8 @@ def _module_site(
 
 
 def _layer(path: str, tensor: str, embedding: bool, method: AdapterConfig, names: BaseNames) -> Layer:
+    if path in names.layers:
+        return names.layers[path]
     shape = names.shape(tensor)
     if len(shape) < 2:
         message = f"{path}: its weight has the shape {shape}; a method needs a matrix, so this layer cannot be adapted"

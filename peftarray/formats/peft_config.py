@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from peftarray.method import AdapterConfig
 from peftarray.methods import METHODS
 from peftarray.stores.json_file import read_json
 
-__all__ = ["config_from_dict", "read_config"]
+__all__ = ["config_from_dict", "config_to_dict", "read_config"]
 
+# The release of PEFT whose layout and formulas these are.
+_PEFT_VERSION = "0.21.2"
 # Fields of PEFT's that concern neither the weights nor where they go.
 _INERT = frozenset({"peft_type", "runtime_config", "custom_modules", "modules_to_tie", "target_modules_to_tie"})
 # PEFT 0.21's types that are known to have no merged weight, with the reason.
@@ -45,13 +48,16 @@ def read_config(folder: Path, *, allow_unknown: bool = False) -> AdapterConfig:
     return config_from_dict(read_json(file), str(file), allow_unknown=allow_unknown)
 
 
-def config_from_dict(data: dict[str, Any], where: str, *, allow_unknown: bool = False) -> AdapterConfig:
+def config_from_dict(
+    data: dict[str, Any], where: str, *, allow_unknown: bool = False, method: type[AdapterConfig] | None = None
+) -> AdapterConfig:
     """The configuration that a JSON object describes.
 
     Args:
         data: the object.
         where: its origin, for messages.
         allow_unknown: pass over fields that are not known here and are set.
+        method: its class; the one that `peft_type` names if None.
 
     Raises:
         ConfigError: `peft_type` or a field is unknown, or a value is not allowed.
@@ -62,13 +68,13 @@ def config_from_dict(data: dict[str, Any], where: str, *, allow_unknown: bool = 
         4
     """
     kind = data.get("peft_type")
-    if not isinstance(kind, str) or kind not in METHODS:
+    if method is None and (not isinstance(kind, str) or kind not in METHODS):
         if isinstance(kind, str) and kind in _NOT_MERGEABLE:
             message = f"{where}: peft_type {kind} cannot be merged: {_NOT_MERGEABLE[kind]}"
             raise UnsupportedError(message)
         message = f"{where}: peft_type is {str(kind)[:80]!r}; known are {', '.join(sorted(METHODS))}"
         raise ConfigError(message)
-    method = METHODS[kind]
+    method = method or METHODS[str(kind)]
     known = {field.name for field in dataclasses.fields(method)}
     unknown = [name for name, value in data.items() if name not in known | _INERT and _is_set(value)]
     if unknown and not allow_unknown:
@@ -82,8 +88,31 @@ def config_from_dict(data: dict[str, Any], where: str, *, allow_unknown: bool = 
     for name in ("rank_pattern", "alpha_pattern"):
         # PEFT writes null where older releases wrote {}.
         if name in values and values[name] is None:
-            values[name] = {}
+            del values[name]
     return method(**values)
+
+
+def config_to_dict(config: AdapterConfig) -> dict[str, Any]:
+    """The JSON object that describes a configuration: the inverse of `config_from_dict`.
+
+    Example:
+        >>> from peftarray import LoraConfig
+        >>> config_to_dict(LoraConfig(r=4))["peft_type"]
+        'LORA'
+    """
+    values = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    # PEFT reads a missing version as its oldest, and gives OFT's older formula a warning.
+    version = config.peft_version or _PEFT_VERSION
+    return values | {"peft_type": config.peft_type, "peft_version": version}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON knows it."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _is_set(value: object) -> bool:

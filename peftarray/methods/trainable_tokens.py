@@ -49,7 +49,14 @@ class TrainableTokensConfig(Transform):
         return super().resolved(name) | {"token_indices": tuple(self.token_indices)}
 
     def params(self, layer: Layer) -> dict[str, Param]:
-        return {"trainable_tokens_delta": Param("n in", (len(self.token_indices), layer.fan_in))}
+        count = len(self.token_indices)
+        if max(self.token_indices, default=0) >= layer.out or len(set(self.token_indices)) != count:
+            message = (
+                f"{layer.name}: token_indices must be different rows below {layer.out}; got "
+                f"{list(self.token_indices)[:8]}"
+            )
+            raise ConfigError(message)
+        return {"trainable_tokens_delta": Param("n in", (count, layer.fan_in))}
 
     def derive(self, layer: Layer, p: Params, w: Array) -> dict[str, Array]:
         if "trainable_tokens_delta" in p:
@@ -61,12 +68,6 @@ class TrainableTokensConfig(Transform):
         """`slot[i]` is the row of `rows` that stands in row i; the last, of zeros, where the base's stays."""
         rows = p["trainable_tokens_delta"]
         count = len(self.token_indices)
-        if max(self.token_indices, default=0) >= layer.out or len(set(self.token_indices)) != count:
-            message = (
-                f"{layer.name}: token_indices must be different rows below {layer.out}; got "
-                f"{list(self.token_indices)[:8]}"
-            )
-            raise ConfigError(message)
         if rows.shape[0] != count:
             message = f"{layer.name}: trainable_tokens_delta has {rows.shape[0]} rows for {count} token_indices"
             raise ShapeError(message)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,13 @@ class Checkpoint(Mapping[str, TensorInfo]):
             raise FormatError(message)
         chosen = _preferred(files, "model.safetensors", path)
         return cls(path, {chosen.name: SafetensorsFile(chosen)}, None)
+
+    @classmethod
+    def described(cls, tensors: Iterable[TensorInfo], what: str) -> Checkpoint:
+        """A checkpoint that no file holds: names, dtypes and shapes, which messages call `what`, and no values."""
+        known = cls(Path(what), {}, None)
+        known._where = {info.name: ("", info) for info in tensors}
+        return known
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import replace
 
 from peftarray import (
     AdaLoraConfig,
-    AdapterConfig,
     BOFTConfig,
     IA3Config,
     LoHaConfig,
@@ -17,65 +14,8 @@ from peftarray import (
     OFTConfig,
     TrainableTokensConfig,
     VeraConfig,
-    Window,
 )
-from peftarray.layers import Layer
-
-
-@dataclass(frozen=True)
-class Case:
-    """A configuration on a layer.
-
-    Attributes:
-        config: the method.
-        kind: of the layer.
-        shape: of its weight, as the model stores it.
-        transposed: whether that is `(in, out)`.
-    """
-
-    config: AdapterConfig
-    kind: str = "linear"
-    shape: tuple[int, ...] = (6, 10)
-    transposed: bool = False
-
-    def __str__(self) -> str:
-        default = type(self.config)()
-        own = [
-            f"{k}={v}" for k, v in vars(self.config).items() if v != getattr(default, k) and k != "init_lora_weights"
-        ]
-        where = f"{self.kind}{'T' if self.transposed else ''}{len(self.shape)}d"
-        return "-".join([self.config.peft_type.lower(), where, *own]).replace(" ", "")
-
-    @property
-    def layer(self) -> Layer:
-        flip = self.transposed or (self.kind == "embedding" and self.config.embedding_transposed)
-        shape = self.shape[::-1] if flip else self.shape
-        return Layer(
-            "block.0.proj", self.kind, shape, flip, window=Window(padding=1) if self.kind == "conv" else Window()
-        )
-
-    @property
-    def method(self) -> AdapterConfig:
-        return self.config.at(self.layer.name)
-
-    def weight(self, seed: int = 0) -> np.ndarray:
-        return np.random.default_rng(seed).standard_normal(self.shape)
-
-    def inputs(self, seed: int = 1) -> np.ndarray:
-        draw = np.random.default_rng(seed)
-        if self.kind == "embedding":
-            return draw.integers(0, self.shape[0], (2, 5))
-        if self.kind == "conv":
-            return draw.standard_normal((2, self.shape[1], *(5 for _ in self.shape[2:])))
-        return draw.standard_normal((2, 3, self.layer.shape[1]))
-
-    def params(self, seed: int = 2) -> dict[str, np.ndarray]:
-        """Parameters as if trained: every one away from its first value."""
-        draw = np.random.default_rng(seed)
-        table = self.method.params(self.layer)
-        made = {n: draw.standard_normal([k or 0 for k in p.shape]) * 0.5 + 0.1 for n, p in table.items() if p.stored}
-        return made | self.method.derive(self.layer, made, self.layer.view(self.weight()))
-
+from peftarray.testing import Case
 
 _KINDS = (
     Case(LoraConfig()),
