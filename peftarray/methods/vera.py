@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peftarray import random
-from peftarray.arrays import Array, Params, constant, thin_product, wide
+from peftarray.arrays import Array, Params, add_matmul, constant, thin_product, wide
 from peftarray.dtypes import rounded
 from peftarray.layers import Layer, Peers
 from peftarray.method import LowRank, Param
@@ -112,12 +112,10 @@ class VeraConfig(LowRank):
         return {"B": B, "A": A, "b": p["vera_lambda_b"], "d": p["vera_lambda_d"]}
 
     def update(self, p: Params, w: Array, layer: Layer) -> Array:
-        B, A, b, d = p["B"], p["A"], p["b"][:, None], p["d"]
-        # The smaller of the two is scaled.
-        return thin_product(b * B * d, A) if w.shape[0] <= w.shape[1] else b * thin_product(B, d[:, None] * A)
+        return thin_product(p["b"][:, None] * p["B"] * p["d"], p["A"])
 
     def weight(self, p: Params, w: Array, layer: Layer) -> Array:
-        return w + self.update(p, w, layer)
+        return add_matmul(w, p["b"][:, None] * p["B"] * p["d"], p["A"])
 
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         return x @ w.mT + self.apply_update(p, x, w, layer)
