@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
-from peftarray.arrays import Array, Params, namespace
+from peftarray.arrays import Array, Params, is_short, namespace
 from peftarray.layers import Layer
+from peftarray.method_dropout import Drop, applied_with_dropout
+from peftarray.widened import widened
 
 if TYPE_CHECKING:
     from peftarray.method import AdapterConfig
@@ -41,29 +42,42 @@ class Adapter:
     params: Params
     trainable: bool = True
 
-    @cached_property
+    @property
     def prepared(self) -> dict[str, Array]:
-        """What the method computes once from `params`."""
-        return self.config.prepare(self.params, self.layer)
+        """What the method computes once from `params`, in float32 at least.
 
-    def forward(self, x: Array, weight: Array, *, bias: Array | None = None) -> Array:
+        It is not kept: compilers trace it, and an optimiser of torch's changes the arrays that it is made of.
+        """
+        return self.config.prepare(self._wide_params, self.layer)
+
+    def forward(self, x: Array, weight: Array, *, bias: Array | None = None, drop: Drop | None = None) -> Array:
         """The adapted layer's output, by the method's cheapest exact path.
+
+        Beside a weight of a short dtype, the product with the weight is made in that dtype and all else in float32.
 
         Args:
             x: activations `(..., in)`; row numbers for an embedding; `(batch, in, *space)` for a convolution.
             weight: the frozen weight as the model stores it.
             bias: the frozen bias `(out,)`.
+            drop: while training, what the method's dropout draws by; without it nothing is dropped.
 
         Returns:
-            `(..., out)`, for a convolution `(batch, out, *space')`.
+            `(..., out)`, for a convolution `(batch, out, *space')`; in the weight's dtype if that is a short one.
         """
-        y = self.config.apply(self.prepared, x, self.layer.view(weight), self.layer)
-        if bias is None:
-            return y
-        changed = self.config.effective_bias(self.params, bias, self.layer.view(weight), self.layer)
-        if self.layer.kind == "conv":
-            changed = namespace(changed).reshape(changed, (-1, *(1 for _ in self.layer.kernel)))
-        return y + changed
+        short = is_short(weight)
+        matrix = self.layer.view(widened(weight) if short else weight)
+        given = _widened(x) if short else x
+        if drop is None:
+            y = self.config.apply(self.prepared, given, matrix, self.layer)
+        else:
+            y = applied_with_dropout(self.config, self._wide_params, given, matrix, self.layer, drop)
+        if bias is not None:
+            changed = self.config.effective_bias(self.params, bias, matrix, self.layer)
+            if self.layer.kind == "conv":
+                changed = namespace(changed).reshape(changed, (-1, *(1 for _ in self.layer.kernel)))
+            y = y + changed
+        back = short and (given is not x or self.layer.kind == "embedding")
+        return namespace(y).astype(y, weight.dtype) if back else y
 
     def merge(self, weight: Array) -> Array:
         """The effective weight: a new array with the weight's shape and dtype, computed in float32 at least."""
@@ -94,10 +108,17 @@ class Adapter:
         """The same adapter, which training changes."""
         return dataclasses.replace(self, trainable=True)
 
+    @property
+    def _wide_params(self) -> dict[str, Array]:
+        return {name: _widened(array) for name, array in self.params.items()}
+
     def _through(self, weight: Array, change: Callable[[Params, Array, Layer], Array]) -> Array:
-        xp = namespace(weight, *self.params.values())
-        matrix = self.layer.view(weight)
-        if getattr(weight.dtype, "itemsize", 4) < 4:
-            matrix = xp.astype(matrix, xp.float32)
+        matrix = _widened(self.layer.view(weight))
         result = self.layer.unview(change(self.prepared, matrix, self.layer))
-        return xp.astype(result, weight.dtype) if result.dtype != weight.dtype else result
+        return namespace(result).astype(result, weight.dtype) if result.dtype != weight.dtype else result
+
+
+def _widened(array: Array) -> Array:
+    """The same numbers in float32 where they are stored in a shorter floating dtype."""
+    xp = namespace(array)
+    return xp.astype(array, xp.float32) if is_short(array) else array

@@ -23,7 +23,8 @@ from typing import Any, ClassVar, Self
 
 from peftarray import patterns
 from peftarray.adapter import Adapter
-from peftarray.arrays import Array, Params, constant, thin_product, wide
+from peftarray.arrays import Array, Params, add_matmul, constant, thin_product, wide
+from peftarray.method_dropout import Dropout
 from peftarray.errors import ConfigError, MatchError, ShapeError, UnsupportedError, nearest
 from peftarray.layers import Kind, Layer, Window, contract, through
 from peftarray.random import Draw
@@ -171,6 +172,14 @@ class AdapterConfig(ABC):
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         """The layer's output without bias, from the prepared parameters: `x` through the effective weight."""
 
+    def apply_update(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
+        """What the update adds to the layer's output: `apply` less the base's output."""
+        return self.apply(p, x, w, layer) - contract(x, w, layer)
+
+    def dropout(self) -> Dropout:
+        """What training leaves out at random."""
+        return Dropout()
+
     @property
     def scale(self) -> float:
         """What the product or sum that makes the update is multiplied by."""
@@ -186,6 +195,17 @@ class AdapterConfig(ABC):
     def why_not_mergeable(self) -> str | None:
         """Why no effective weight follows from a file with this configuration and the base; None where it does."""
         return None
+
+    def why_not_trainable(self) -> str | None:
+        """Why training with this configuration would not be what it says; None where it is."""
+        return None
+
+    def trained_biases(self) -> str:
+        """Which biases of the model are trained beside the method's own arrays: `"none"`, `"all"`, or `"adapted"`, those
+        of the adapted layers.
+        """
+        wanted = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}.get("bias", "none")
+        return wanted if wanted in ("none", "all") else "adapted"
 
     def stored_in_out(self) -> bool:
         """Whether the configuration says that linear weights are stored `(in, out)`."""
@@ -317,11 +337,18 @@ class AdapterConfig(ABC):
         """How many trained numbers this method has on a layer, without allocating any."""
         return sum(math.prod(n or 0 for n in param.shape) for param in self.params(layer).values() if not param.frozen)
 
-    def init_params(self, layer: Layer, like: Array, seed: int) -> dict[str, Array]:
-        """First values of every parameter, beside `like` (its library, device and dtype, at least float32)."""
-        made = {}
+    def init_params(self, layer: Layer, like: Array, seed: int, *, given: Params | None = None) -> dict[str, Array]:
+        """First values of every parameter, beside `like` (its library, device and dtype, at least float32).
+
+        Args:
+            layer: the layer.
+            like: its weight.
+            seed: of all draws.
+            given: arrays that are there already, such as those that layers share.
+        """
+        made = dict(given or {})
         for name, param in self.params(layer).items():
-            if param.init is None or None in param.shape:
+            if param.init is None or None in param.shape or name in made:
                 continue
             shape = tuple(n or 0 for n in param.shape)
             stream = param.shared or f"{layer.name}/{name}"
@@ -389,13 +416,16 @@ class LowRank(AdapterConfig):
         return thin_product(p["up"], p["down"])
 
     def weight(self, p: Params, w: Array, layer: Layer) -> Array:
-        return w + self.update(p, w, layer)
+        return add_matmul(w, p["up"], p["down"])
 
     def inverse(self, p: Params, w: Array, layer: Layer) -> Array:
         return w - self.update(p, w, layer)
 
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         return contract(x, w, layer) + through(x, p["down"], p["up"], layer)
+
+    def apply_update(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
+        return through(x, p["down"], p["up"], layer)
 
 
 class Additive(AdapterConfig):

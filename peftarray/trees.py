@@ -1,4 +1,8 @@
-"""Trees: arrays in nested dicts, lists and tuples, and the names of their places."""
+"""Trees: arrays in nested dicts, lists and tuples, and the names of their places.
+
+An object that stands in for arrays is a branch too: `__tree_items__()` gives its (key, leaf) pairs, and
+`__tree_refill__(leaves)` the same object with others.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +47,8 @@ def _refill(tree: Any, new: Iterator[Any]) -> Any:
     if items is None:
         return next(new)
     filled = [(key, _refill(branch, new)) for key, branch in items]
+    if _stands_in(tree):
+        return tree.__tree_refill__([value for _, value in filled])
     if isinstance(tree, Mapping):
         return dict(filled)
     values = (value for _, value in filled)
@@ -53,4 +59,10 @@ def _refill(tree: Any, new: Iterator[Any]) -> Any:
 def _items(tree: Any) -> Iterable[tuple[Any, Any]] | None:
     if isinstance(tree, Mapping):
         return tree.items()
+    if _stands_in(tree):
+        return tree.__tree_items__()
     return enumerate(tree) if isinstance(tree, (list, tuple)) else None
+
+
+def _stands_in(tree: Any) -> bool:
+    return hasattr(type(tree), "__tree_items__")
