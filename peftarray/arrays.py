@@ -122,10 +122,11 @@ def multiplies_short(array: Array) -> bool:
     return not isinstance(array, np.ndarray)
 
 
-def integers(values: Sequence[int], like: Array) -> Array:
+def integers(values: Sequence[int] | np.ndarray, like: Array) -> Array:
     """Whole numbers as an index array of the library and device of `like`."""
-    xp = namespace(like)
-    return xp.asarray(np.asarray(values, np.int64), device=device(like))
+    # torch takes only memory that it might write to.
+    host = np.require(values, np.int64, "W")
+    return namespace(like).asarray(host, device=device(like))
 
 
 def stop_gradient(array: Array) -> Array:
@@ -138,9 +139,10 @@ def stop_gradient(array: Array) -> Array:
         return own(array)
     if isinstance(array, np.ndarray):
         return array
-    if _shim().is_torch_array(array):
+    home = namespace(array).__name__  # by the table: torch's compiler traces it, and not the shim's cached tests
+    if home == "array_api_compat.torch":
         return array.detach()
-    if _shim().is_jax_array(array):
+    if home == "jax.numpy":
         import jax
 
         return jax.lax.stop_gradient(array)

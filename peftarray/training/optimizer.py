@@ -12,8 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
-from functools import lru_cache
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from peftarray import patterns, trees
@@ -96,6 +95,8 @@ class Optimizer(ABC):
 
     weight_decay: float = setting(0.0, number(0.0))
     groups: Sequence[Group] = ()
+    _found: dict[str, Group] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """name -> its group, remembered: compilers cannot trace a regular expression."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -127,6 +128,8 @@ class Optimizer(ABC):
             if not any(map(group.has, names)):
                 message = f"no array matches Group.pattern {group.pattern!r}{nearest(group.pattern, names)}"
                 raise ConfigError(message)
+        for name in names:
+            self._group_of(name)
         slots = {name: self.start(_widened(array)) for name, array in trees.named(params) if _is_trained(array)}
         return {"step": 0, "slots": slots}
 
@@ -152,7 +155,7 @@ class Optimizer(ABC):
             if gradient is None:
                 new.append(array)
                 continue
-            group = _group_of(tuple(self.groups), name)
+            group = self._group_of(name)
             at = At(number, rate * group.rate, self.weight_decay * group.decay)
             # A tensor that asks for gradients would record the step.
             value, kept = self.update(_widened(stop_gradient(array)), _widened(gradient), slots[name], at)
@@ -160,10 +163,12 @@ class Optimizer(ABC):
             slots[name] = {slot: _like(slots[name][slot], other) for slot, other in kept.items()}
         return trees.refill(params, new), {"step": number, "slots": slots}
 
-
-@lru_cache(maxsize=1 << 16)
-def _group_of(groups: tuple[Group, ...], name: str) -> Group:
-    return next((group for group in groups if group.has(name)), _EVERYTHING)
+    def _group_of(self, name: str) -> Group:
+        if not self.groups:
+            return _EVERYTHING
+        if name not in self._found:
+            self._found[name] = next((group for group in self.groups if group.has(name)), _EVERYTHING)
+        return self._found[name]
 
 
 _EVERYTHING = Group(".*")
