@@ -6,10 +6,12 @@ of one block, `(1, b, b)`, for the same block all along the diagonal.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import lru_cache
 
-from peftarray.arrays import Array, device, namespace
+import numpy as np
+
+from peftarray.arrays import Array, device, integers, namespace
 
 __all__ = ["cayley", "diagonal_blocks", "skew_symmetric", "turn", "wide"]
 
@@ -17,27 +19,21 @@ __all__ = ["cayley", "diagonal_blocks", "skew_symmetric", "turn", "wide"]
 _WIDE = 32
 
 
-def skew_symmetric(vectors: Array) -> Array:
-    """`K (R, b, b)` with `K = -K.mT`, from what stands above the diagonals, row by row: `(R, b (b - 1) / 2)`.
+def skew_symmetric(vectors: Array, size: int) -> Array:
+    """`K (R, b, b)` with `K = -K.mT` and `b = size`, from what is above the diagonals by rows: `(R, b (b - 1) / 2)`.
 
     Example:
         >>> import numpy as np
-        >>> skew_symmetric(np.asarray([[1.0, 2.0, 3.0]]))[0]
+        >>> skew_symmetric(np.asarray([[1.0, 2.0, 3.0]]), 3)[0]
         array([[ 0.,  1.,  2.],
                [-1.,  0.,  3.],
                [-2., -3.,  0.]])
     """
     xp = namespace(vectors)
-    stack, count = vectors.shape
-    size = (1 + math.isqrt(1 + 8 * count)) // 2
-    row = xp.arange(size, device=device(vectors))[:, None]
-    column = row.mT
-    above = row * (2 * size - row - 1) // 2 + column - row - 1
-    below = xp.where(row > column, count + above.mT, xp.full_like(above, 2 * count))
-    place = xp.reshape(xp.where(row < column, above, below), (-1,))
+    stack = vectors.shape[0]
     diagonal = xp.zeros((stack, 1), dtype=vectors.dtype, device=device(vectors))
     entries = xp.concat([vectors, -vectors, diagonal], axis=1)
-    return xp.reshape(xp.take(entries, place, axis=1), (stack, size, size))
+    return xp.reshape(xp.take(entries, integers(_places(size), vectors), axis=1), (stack, size, size))
 
 
 def cayley(skew: Array) -> Array:
@@ -60,8 +56,7 @@ def turn(x: Array, blocks: Array) -> Array:
 
 def wide(size: int, n: int) -> int:
     """The size of blocks that blocks of `size` are best joined to, on `n` coordinates."""
-    times = max((times for times in range(1, _WIDE // size + 1) if n // size % times == 0), default=1)
-    return times * size
+    return size * max([1, *(times for times in range(1, _WIDE // size + 1) if n // size % times == 0)])
 
 
 def diagonal_blocks(rotate: Callable[[Array], Array], n: int, size: int, like: Array) -> Array:
@@ -77,3 +72,13 @@ def diagonal_blocks(rotate: Callable[[Array], Array], n: int, size: int, like: A
     one = xp.eye(size, dtype=like.dtype, device=device(like))
     rows = rotate(xp.tile(one, (1, n // size)))
     return xp.permute_dims(xp.reshape(rows, (size, n // size, size)), (1, 0, 2))
+
+
+@lru_cache(maxsize=16)
+def _places(size: int) -> np.ndarray:
+    """Where an entry of a skew-symmetric block stands among those above the diagonal, their negatives, and a zero."""
+    row, column = np.triu_indices(size, 1)
+    place = np.full((size, size), 2 * len(row))
+    place[row, column] = np.arange(len(row))
+    place[column, row] = np.arange(len(row)) + len(row)
+    return place.reshape(-1)

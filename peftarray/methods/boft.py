@@ -84,19 +84,24 @@ class BOFTConfig(Transform):
 
     def params(self, layer: Layer) -> dict[str, Param]:
         blocks, size = self._blocks(layer)
-        axes, shape = ("one out", (1, layer.out)) if layer.kind == "conv" else ("out one", (layer.out, 1))
-        rotations, gains = (
-            (random.zeros, random.full(1.0)) if self.init_weights else (random.normal_of(0.1), _around_one)
-        )
+        rotations = (self.boft_n_butterfly_factor, blocks, size, size)
+        axes, gains = ("one out", (1, layer.out)) if layer.kind == "conv" else ("out one", (layer.out, 1))
+
+        def turned(seed: int, stream: str, shape: tuple[int, ...]) -> Any:
+            self._check_factors(layer)
+            return (random.zeros if self.init_weights else random.normal_of(0.1))(seed, stream, shape)
+
         return {
-            "boft_R": Param("factor block row column", (self.boft_n_butterfly_factor, blocks, size, size), rotations),
-            "boft_s": Param(axes, shape, gains),
+            "boft_R": Param("factor block row column", rotations, turned),
+            "boft_s": Param(axes, gains, random.full(1.0) if self.init_weights else _around_one),
         }
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]], layer: Layer) -> None:
-        one = shapes.get("boft_R", ())[:1] == (1,)
-        method = replace(self, boft_n_butterfly_factor=1) if one else self
-        super(BOFTConfig, method).check_shapes(shapes, layer)
+        if shapes.get("boft_R", ())[:1] == (1,):
+            super(BOFTConfig, replace(self, boft_n_butterfly_factor=1)).check_shapes(shapes, layer)
+        else:
+            super().check_shapes(shapes, layer)
+            self._check_factors(layer)
 
     def prepare(self, p: Params, layer: Layer) -> dict[str, Array]:
         """`factors`: the blocks of each factor; of their product, where it couples few coordinates."""
@@ -136,16 +141,22 @@ class BOFTConfig(Transform):
         n = layer.fan_in
         blocks = self.boft_block_num or n // self.boft_block_size
         size = self.boft_block_size or n // self.boft_block_num
-        further = self.boft_n_butterfly_factor - 1
-        # A number's lowest set bit is the largest power of 2 that divides it.
-        if blocks * size != n or not blocks or further >= (blocks & -blocks).bit_length() or (further and size % 2):
-            message = (
-                f"{layer.name}: BOFTConfig makes {blocks} blocks of {size} for {further + 1} butterfly factors over "
-                f"{n} inputs; their product must be {n}, and for more than one factor 2^(factors - 1) must divide the "
-                "number of blocks and 2 their size"
-            )
+        if blocks * size != n:
+            given = f"block_num is {blocks}" if self.boft_block_num else f"block_size is {size}"
+            message = f"{layer.name}: BOFTConfig.boft_{given}; it must divide this layer's {n} inputs"
             raise ConfigError(message)
         return blocks, size
+
+    def _check_factors(self, layer: Layer) -> None:
+        blocks, size = self._blocks(layer)
+        factors = self.boft_n_butterfly_factor
+        # A number's lowest set bit is the largest power of 2 that divides it.
+        if factors > 1 and (size % 2 or factors > (blocks & -blocks).bit_length()):
+            message = (
+                f"{layer.name}: BOFTConfig.boft_n_butterfly_factor is {factors} for {blocks} blocks of {size}; the "
+                "size must be even, and the number of blocks divisible by 2 as often as there are further factors"
+            )
+            raise ConfigError(message)
 
 
 def _turn(x: Array, factors: Array) -> Array:

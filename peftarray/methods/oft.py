@@ -90,16 +90,15 @@ class OFTConfig(Transform):
         return self.init_weights
 
     def params(self, layer: Layer) -> dict[str, Param]:
-        n = layer.fan_in
-        size = n // _nearest_divisor(n, self.r) if self.r else _nearest_divisor(n, self.oft_block_size)
-        shape = (1 if self.block_share else n // size, size * (size - 1) // 2)
+        size = self._block_size(layer)
+        shape = (1 if self.block_share else layer.fan_in // size, size * (size - 1) // 2)
         init = random.zeros if self.init_weights else random.normal_of(0.1)
         disk = "oft_embedding_R.weight" if layer.kind == "embedding" else "oft_R.weight"
         return {"oft_R": Param("stack above", shape, init, disk=disk)}
 
     def prepare(self, p: Params, layer: Layer) -> dict[str, Array]:
         """`blocks`: on the diagonal of what the weight is multiplied by from the right."""
-        skew = skew_symmetric(p["oft_R"])
+        skew = skew_symmetric(p["oft_R"], self._block_size(layer))
         if self.coft:
             skew = _bounded(skew, self.eps / math.sqrt(skew.shape[0]))
         blocks = _series(skew, self.num_cayley_neumann_terms) if self.use_cayley_neumann else cayley(skew)
@@ -146,6 +145,10 @@ class OFTConfig(Transform):
     def stored_in_out(self) -> bool:
         return self.fan_in_fan_out
 
+    def _block_size(self, layer: Layer) -> int:
+        n = layer.fan_in
+        return n // _nearest_divisor(n, self.r) if self.r else _nearest_divisor(n, self.oft_block_size)
+
 
 def _release(version: str | None) -> tuple[int, int]:
     found = re.match(r"(\d+)\.(\d+)", version or "")
@@ -166,11 +169,13 @@ def _bounded(skew: Array, limit: float) -> Array:
 
 
 def _series(skew: Array, terms: int) -> Array:
-    """`(I + K) (I + K + ... + K^(m - 1))`, m = max(3, terms - 1): the Neumann series of `(I + K) (I - K)^-1`, cut."""
+    """`I + 2 K + ... + 2 K^(m - 1) + K^m`, m = max(3, terms - 1), in half as many products by powers of `K^2`."""
     one = namespace(skew).eye(skew.shape[-1], dtype=skew.dtype, device=device(skew))
     if terms < 3:
         return one + 2 * (terms - 1) * skew
-    series = one + skew
-    for _ in range(max(3, terms - 1) - 2):
-        series = one + skew @ series
-    return series + skew @ series
+    last = max(3, terms - 1)
+    square, pair = skew @ skew, 2 * (one + skew)
+    series = 2 * one + skew if last % 2 else square + pair
+    for _ in range((last - 3) // 2):
+        series = square @ series + pair
+    return square @ series + (pair - one)
