@@ -15,6 +15,7 @@ from peftarray import random
 from peftarray.arrays import Array, Params, add_product, by_rows, namespace, thin_product
 from peftarray.layers import Kind, Layer, contract, pays, through, tucker_factor
 from peftarray.method import Additive, Param
+from peftarray.method_dropout import Dropout
 from peftarray.settings import boolean, mapping_of, number, optional, setting, whole
 
 __all__ = ["LoHaConfig"]
@@ -33,7 +34,8 @@ class LoHaConfig(Additive):
     Attributes:
         r: the rank of each product.
         alpha: numerator of the scale.
-        rank_dropout, module_dropout: of training; no part of the effective weight.
+        rank_dropout: share of the update's outputs that training leaves out, the others growing accordingly.
+        module_dropout: probability that training leaves out the whole update.
         use_effective_conv2d: the Tucker form, for convolutions of any number of axes.
         init_weights: start as the identity.
         rank_pattern, alpha_pattern: pattern of module names -> its `r`, `alpha`.
@@ -102,6 +104,9 @@ class LoHaConfig(Additive):
         up = xp.reshape(p["up1"][:, :, None] * p["up2"][:, None, :], (layer.out, -1))
         down = xp.reshape(p["down1"][:, None, :] * p["down2"][None, :, :], (-1, layer.fan_in))
         return through(x, down, up, layer)
+
+    def dropout(self) -> Dropout:
+        return Dropout(outputs=self.rank_dropout, rescaled=True, update=self.module_dropout)
 
     def _is_thin(self, p: Params, layer: Layer) -> bool:
         return pays(p["up1"].shape[1] * p["up2"].shape[1] * (layer.out + layer.fan_in), layer)

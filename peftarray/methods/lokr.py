@@ -17,6 +17,7 @@ from peftarray import random
 from peftarray.arrays import Array, Params, add_product, namespace, thin_product
 from peftarray.layers import Kind, Layer, contract, pays, through, tucker_factor
 from peftarray.method import Additive, Param
+from peftarray.method_dropout import Dropout
 from peftarray.settings import Rule, boolean, mapping_of, number, one_of, optional, setting, whole
 
 __all__ = ["LoKrConfig", "split"]
@@ -40,7 +41,9 @@ class LoKrConfig(Additive):
     Attributes:
         r: the rank of the factors that are decomposed.
         alpha: numerator of the scale, which PEFT applies also where no factor is decomposed.
-        rank_dropout, module_dropout, rank_dropout_scale: of training; no part of the effective weight.
+        rank_dropout: share of the update's outputs that training leaves out.
+        rank_dropout_scale: whether the others grow accordingly.
+        module_dropout: probability that training leaves out the whole update.
         use_effective_conv2d: the Tucker form, for convolutions of any number of axes.
         decompose_both: decompose the first factor too.
         decompose_factor: the size of the first factor where it divides the dimension, and else at most this; -1 for
@@ -137,6 +140,9 @@ class LoKrConfig(Additive):
         hidden = _through_inner(p, xp.reshape(x, (batch * columns, block.shape[1], *space)), block)
         update = outer @ xp.reshape(hidden, (batch, columns, -1))
         return xp.reshape(update, (batch, layer.out, *hidden.shape[2:]))
+
+    def dropout(self) -> Dropout:
+        return Dropout(outputs=self.rank_dropout, rescaled=self.rank_dropout_scale, update=self.module_dropout)
 
     def _is_cheap(self, p: Params, layer: Layer) -> bool:
         _, columns, taps = p["outer"].shape

@@ -15,8 +15,9 @@ from typing import Any, ClassVar, Never
 from peftarray import random
 from peftarray.arrays import Array, Params, device, namespace, row_norms, stop_gradient
 from peftarray.errors import ConfigError, UnsupportedError
-from peftarray.layers import Kind, Layer, scale_outputs
+from peftarray.layers import Kind, Layer, contract, scale_outputs
 from peftarray.method import LowRank, Param
+from peftarray.method_dropout import Dropout
 from peftarray.random import Draw
 from peftarray.settings import Rule, boolean, mapping_of, name_list, number, one_of, optional, refused, setting, whole
 
@@ -242,6 +243,14 @@ class LoraConfig(LowRank):
         norm = _sum_norms(*map(stop_gradient, (w, p["up"], p["down"])))
         return scale_outputs(y, self._gain(p, norm), layer)
 
+    def apply_update(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
+        if self.use_dora:
+            return self.apply(p, x, w, layer) - contract(x, w, layer)
+        return super().apply_update(p, x, w, layer)
+
+    def dropout(self) -> Dropout:
+        return Dropout(inputs=self.lora_dropout)
+
     def touches(self, layer: Layer) -> tuple[str, ...]:
         return ("weight", "bias") if self.lora_bias else ("weight",)
 
@@ -309,7 +318,8 @@ def changes_base(init: bool | str) -> bool:
 def _sum_norms(w: Array, up: Array, down: Array) -> Array:
     """The norm of each row of `w + up @ down`, from the factors' products: the sum itself is never formed.
 
-    `|w + u D|^2 = |w|^2 + (2 w D^T + u D D^T) . u` for a row `w` and its row `u` of `up`.
+    `|w + u D|^2 = |w|^2 + (2 w D^T + u D D^T) . u` for a row `w` and its row `u` of `up`. Rounding is that of `|w|^2`,
+    which shows only where an update takes nearly all of a row away.
     """
     xp = namespace(w, up, down)
     return xp.sqrt(row_norms(w) ** 2 + xp.vecdot(2 * (w @ down.mT) + up @ (down @ down.mT), up))
