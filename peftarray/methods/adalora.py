@@ -14,6 +14,7 @@ from peftarray.arrays import Array, Params
 from peftarray.errors import ConfigError, UnsupportedError
 from peftarray.layers import Kind, Layer
 from peftarray.method import LowRank, Param
+from peftarray.method_dropout import Dropout
 from peftarray.methods.lora import rows_of, token_indices
 from peftarray.settings import Rule, boolean, mapping_of, number, one_of, optional, refused, setting, whole
 
@@ -52,6 +53,7 @@ class AdaLoraConfig(LowRank):
         total_step: steps of the whole training, which the schedule needs.
         rank_pattern: `"<module>.lora_E"` -> which of its `init_r` triples are kept.
         lora_alpha: numerator of the scale; `init_r` stands in for one that is not positive.
+        lora_dropout: share of the update's inputs that training leaves out.
         r: not used, as in PEFT; `init_r` is.
         init_lora_weights: start as the identity; from normal values otherwise.
 
@@ -156,6 +158,9 @@ class AdaLoraConfig(LowRank):
 
     def factors(self, p: Params, layer: Layer) -> tuple[Array, Array]:
         return p["lora_B"] * (p["lora_E"].mT * self.scale), p["lora_A"]
+
+    def dropout(self) -> Dropout:
+        return Dropout(inputs=self.lora_dropout)
 
     def stored_in_out(self) -> bool:
         return self.fan_in_fan_out

@@ -14,6 +14,7 @@ from peftarray.arrays import Array, Params, add_matmul, constant, thin_product, 
 from peftarray.dtypes import rounded
 from peftarray.layers import Layer, Peers
 from peftarray.method import LowRank, Param
+from peftarray.method_dropout import Dropout
 from peftarray.random import TorchStream
 from peftarray.settings import Rule, boolean, number, one_of, setting, whole
 
@@ -37,7 +38,7 @@ class VeraConfig(LowRank):
         r: rows of `vera_A`.
         projection_prng_key: the seed of both matrices.
         save_projection: whether a file holds them; what it holds counts.
-        vera_dropout: share of the inputs that training leaves out.
+        vera_dropout: share of the update's inputs that training leaves out.
         d_initial: the first value of `d`.
         fan_in_fan_out: the weight is stored `(in, out)`, where the architecture does not say.
         bias: which biases of the model an adapter's file replaces: `"none"`, `"all"` or `"vera_only"`.
@@ -122,6 +123,9 @@ class VeraConfig(LowRank):
 
     def apply_update(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         return (x @ p["A"].mT * p["d"]) @ p["B"].mT * p["b"]
+
+    def dropout(self) -> Dropout:
+        return Dropout(inputs=self.vera_dropout)
 
     def stored_in_out(self) -> bool:
         return self.fan_in_fan_out
