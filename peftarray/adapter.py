@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from peftarray.arrays import Array, Params, is_short, namespace
 from peftarray.layers import Layer
-from peftarray.method_dropout import Drop, applied_with_dropout
+from peftarray.method_dropout import Drop, applied_with_dropout, update_with_dropout
 from peftarray.widened import widened
 
 if TYPE_CHECKING:
@@ -72,12 +72,20 @@ class Adapter:
         else:
             y = applied_with_dropout(self.config, self._wide_params, given, matrix, self.layer, drop)
         if bias is not None:
-            changed = self.config.effective_bias(self.params, bias, matrix, self.layer)
-            if self.layer.kind == "conv":
-                changed = namespace(changed).reshape(changed, (-1, *(1 for _ in self.layer.kernel)))
-            y = y + changed
+            y = y + self._over_channels(self.config.effective_bias(self.params, bias, matrix, self.layer))
         back = short and (given is not x or self.layer.kind == "embedding")
         return namespace(y).astype(y, weight.dtype) if back else y
+
+    def added(self, x: Array, *, bias: Array | None = None, drop: Drop | None = None) -> Array:
+        """What a method that `adds_apart` adds to the layer's own output; arguments as for `forward`."""
+        given = _widened(x)
+        if drop is None:
+            y = self.config.apply_update(self.prepared, given, None, self.layer)
+        else:
+            y = update_with_dropout(self.config, self._wide_params, given, None, self.layer, drop)
+        if bias is None:
+            return y
+        return y + self._over_channels(self.config.effective_bias(self.params, bias, None, self.layer) - bias)
 
     def merge(self, weight: Array) -> Array:
         """The effective weight: a new array with the weight's shape and dtype, computed in float32 at least."""
@@ -111,6 +119,12 @@ class Adapter:
     @property
     def _wide_params(self) -> dict[str, Array]:
         return {name: _widened(array) for name, array in self.params.items()}
+
+    def _over_channels(self, bias: Array) -> Array:
+        """A bias as it is added to the layer's output."""
+        if self.layer.kind != "conv":
+            return bias
+        return namespace(bias).reshape(bias, (-1, *(1 for _ in self.layer.kernel)))
 
     def _through(self, weight: Array, change: Callable[[Params, Array, Layer], Array]) -> Array:
         matrix = _widened(self.layer.view(weight))

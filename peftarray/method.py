@@ -24,9 +24,9 @@ from typing import Any, ClassVar, Self
 from peftarray import patterns
 from peftarray.adapter import Adapter
 from peftarray.arrays import Array, Params, add_matmul, constant, thin_product, wide
-from peftarray.method_dropout import Dropout
 from peftarray.errors import ConfigError, MatchError, ShapeError, UnsupportedError, nearest
 from peftarray.layers import Kind, Layer, Window, contract, through
+from peftarray.method_dropout import Dropout
 from peftarray.random import Draw
 from peftarray.settings import boolean, check_settings, indices, name_list, names, setting, text
 
@@ -172,9 +172,14 @@ class AdapterConfig(ABC):
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         """The layer's output without bias, from the prepared parameters: `x` through the effective weight."""
 
-    def apply_update(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
-        """What the update adds to the layer's output: `apply` less the base's output."""
+    def apply_update(self, p: Params, x: Array, w: Array | None, layer: Layer) -> Array:
+        """What the update adds to the layer's output: `apply` less the base's. `w` may be None where `adds_apart()`."""
+        assert w is not None
         return self.apply(p, x, w, layer) - contract(x, w, layer)
+
+    def adds_apart(self) -> bool:
+        """Whether `apply_update` needs no weight: the layer itself may then make the base's output, in its own way."""
+        return False
 
     def dropout(self) -> Dropout:
         """What training leaves out at random."""
@@ -201,9 +206,7 @@ class AdapterConfig(ABC):
         return None
 
     def trained_biases(self) -> str:
-        """Which biases of the model are trained beside the method's own arrays: `"none"`, `"all"`, or `"adapted"`, those
-        of the adapted layers.
-        """
+        """Which biases of the model are trained beside the method's arrays: `"none"`, `"all"`, or `"adapted"` layers'."""
         wanted = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}.get("bias", "none")
         return wanted if wanted in ("none", "all") else "adapted"
 
@@ -424,8 +427,11 @@ class LowRank(AdapterConfig):
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         return contract(x, w, layer) + through(x, p["down"], p["up"], layer)
 
-    def apply_update(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
+    def apply_update(self, p: Params, x: Array, w: Array | None, layer: Layer) -> Array:
         return through(x, p["down"], p["up"], layer)
+
+    def adds_apart(self) -> bool:
+        return True
 
 
 class Additive(AdapterConfig):

@@ -17,7 +17,7 @@ from peftarray.layers import Layer, contract, scale_outputs
 if TYPE_CHECKING:
     from peftarray.method import AdapterConfig
 
-__all__ = ["Drop", "Dropout", "applied_with_dropout"]
+__all__ = ["Drop", "Dropout", "applied_with_dropout", "update_with_dropout"]
 
 Drop = Callable[[Array, float], Array]
 """An array with each entry 0 with this probability, and divided by the probability that it is not."""
@@ -56,11 +56,17 @@ def applied_with_dropout(method: AdapterConfig, params: Params, x: Array, w: Arr
         drop: the draw.
     """
     wanted = method.dropout()
-    if wanted.blocks:
-        params = {**params, wanted.parameter: _without_blocks(params[wanted.parameter], wanted, drop)}
-    prepared = method.prepare(params, layer)
-    if not (wanted.inputs or wanted.outputs or wanted.update):
-        return method.apply(prepared, x, w, layer)
+    if wanted.inputs or wanted.outputs or wanted.update:
+        return contract(x, w, layer) + update_with_dropout(method, params, x, w, layer, drop)
+    return method.apply(method.prepare(_without_blocks(params, wanted, drop), layer), x, w, layer)
+
+
+def update_with_dropout(
+    method: AdapterConfig, params: Params, x: Array, w: Array | None, layer: Layer, drop: Drop
+) -> Array:
+    """`method.apply_update` in training; arguments as above."""
+    wanted = method.dropout()
+    prepared = method.prepare(_without_blocks(params, wanted, drop), layer)
     seen = drop(x, wanted.inputs) if wanted.inputs and layer.kind != "embedding" else x
     update = method.apply_update(prepared, seen, w, layer)
     if wanted.outputs:
@@ -68,7 +74,7 @@ def applied_with_dropout(method: AdapterConfig, params: Params, x: Array, w: Arr
         update = scale_outputs(update, kept / namespace(kept).mean(kept) if wanted.rescaled else kept, layer)
     if wanted.update:
         update = update * _kept((1,), update, wanted.update, drop)
-    return contract(x, w, layer) + update
+    return update
 
 
 def _kept(shape: tuple[int, ...], like: Array, share: float, drop: Drop) -> Array:
@@ -77,10 +83,16 @@ def _kept(shape: tuple[int, ...], like: Array, share: float, drop: Drop) -> Arra
     return drop(namespace(one).broadcast_to(one, shape), share) * (1 - share)
 
 
-def _without_blocks(array: Array, wanted: Dropout, drop: Drop) -> Array:
-    """The array with zero in some of its blocks; a single block, which stands for all, is kept."""
+def _without_blocks(params: Params, wanted: Dropout, drop: Drop) -> Params:
+    """The parameters, one of them with zero in some of its blocks; a single block, which stands for all, is kept."""
+    if not wanted.blocks:
+        return params
+    array = params[wanted.parameter]
     grid = tuple(array.shape[: 2 if wanted.stacked else 1])
     if grid[-1] == 1:
-        return array
+        return params
     kept = _kept(grid, array, wanted.blocks, drop)
-    return array * namespace(kept).reshape(kept, (*grid, *(1 for _ in array.shape[len(grid) :])))
+    return {
+        **params,
+        wanted.parameter: array * namespace(kept).reshape(kept, (*grid, *(1 for _ in array.shape[len(grid) :]))),
+    }

@@ -248,8 +248,17 @@ class LoraConfig(LowRank):
             return self.apply(p, x, w, layer) - contract(x, w, layer)
         return super().apply_update(p, x, w, layer)
 
+    def adds_apart(self) -> bool:
+        return not self.use_dora
+
     def dropout(self) -> Dropout:
         return Dropout(inputs=self.lora_dropout)
+
+    def why_not_trainable(self) -> str | None:
+        for name in ("velora_config", "monteclora_config"):
+            if getattr(self, name):
+                return f"LoraConfig.{name} changes how training goes, and only what it made can be read; leave it out"
+        return None
 
     def touches(self, layer: Layer) -> tuple[str, ...]:
         return ("weight", "bias") if self.lora_bias else ("weight",)

@@ -1,0 +1,397 @@
+"""A model with an adapter: the model's weights in a mapping, some of them adapted.
+
+Nothing here changes in place. The weights are a pure function of the adapter's arrays, so that a loss of the form
+`loss(model.with_params(params).weights, batch)` is differentiated by any library.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from peftarray import trees
+from peftarray.adapted_weight import adapted
+from peftarray.adapter import Adapter
+from peftarray.arrays import Array, namespace
+from peftarray.backend import backend_names, load_backend
+from peftarray.dropout import dropout
+from peftarray.errors import ConfigError, MatchError, NumberError, nearest
+from peftarray.formats.peft_config import read_config
+from peftarray.formats.peft_writer import load_adapters, save_adapters
+from peftarray.layers import Layer
+from peftarray.method import AdapterConfig
+from peftarray.sites import (
+    TOKENS,
+    Site,
+    check_training,
+    choose,
+    find_sites,
+    heads_among,
+    saved_modules,
+    start_adapters,
+    start_tokens,
+)
+from peftarray.targets import ends_with, is_saved
+
+__all__ = ["PeftModel", "get_peft_model", "trainable_summary"]
+
+
+def get_peft_model(
+    model: Any,
+    config: AdapterConfig,
+    *,
+    seed: int = 0,
+    adapter_name: str = "default",
+    layers: Mapping[str, Layer] | None = None,
+) -> Any:
+    """A model with a new adapter on the weights that `config` targets.
+
+    Args:
+        model: a mapping of names to arrays, or nested ones (as JAX and Flax have them), with any function that uses
+            them; an object with such `weights`, as those of `peftarray.models`; or a `torch.nn.Module`.
+        config: the method, with `target_modules`.
+        seed: the same seed gives the same adapter on every library.
+        adapter_name: what the adapter is called.
+        layers: module's name -> its layer, for what a mapping does not say; see `peftarray.sites.find_sites`.
+
+    Returns:
+        A `PeftModel`; for a torch module, a module that is used like it, with PEFT's names.
+
+    Raises:
+        PeftError: of the kind that fits; see `peftarray.errors`.
+
+    Example:
+        >>> import numpy as np
+        >>> from peftarray import LoraConfig
+        >>> weights = {"up.weight": np.ones((8, 4), np.float32), "down.weight": np.ones((4, 8), np.float32)}
+        >>> model = get_peft_model(weights, LoraConfig(r=2, target_modules=["up"]))
+        >>> model.print_trainable_parameters()
+        trainable params: 24 || all params: 88 || trainable%: 27.2727
+        >>> (np.ones((1, 4), np.float32) @ model.weights["up.weight"].T).shape
+        (1, 8)
+    """
+    check_training(config)
+    tree = _weights_of(model)
+    if tree is None:
+        return _backend_of_module(model).adapt_module(model, config, seed=seed, adapter_name=adapter_name)
+    arrays = dict(trees.named(tree))
+    sites = find_sites(arrays, config, layers or {})
+    chosen = choose({name: site.layer for name, site in sites.items()}, config, heads_among(sites))
+    saved_modules({name.rpartition(".")[0] for name in arrays}, config)
+    adapters = start_adapters(
+        (sites[name].layer for name in chosen), config, lambda name: arrays[sites[name].tensor], seed
+    )
+    embeddings = {name: site.layer for name, site in sites.items() if not is_saved(name, config)}
+    adapters |= start_tokens(embeddings, config, lambda name: arrays[sites[name].tensor], chosen=chosen)
+    places = {name: sites[_module(name)] for name in adapters}
+    whole = {name: _copied(arrays[name]) for name in _trained_whole(arrays, config, places.values())}
+    return PeftModel(model, {adapter_name: AdapterSet(config, adapters, places, whole)}, adapter_name)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterSet:
+    """One adapter of a model: its configuration, and what it has for each module.
+
+    Attributes:
+        config: with targets and patterns.
+        adapters: module's name -> its adapter.
+        sites: module's name -> its weight.
+        whole: tensor's name -> the array that takes its place (`modules_to_save`, trained biases).
+    """
+
+    config: AdapterConfig
+    adapters: Mapping[str, Adapter]
+    sites: Mapping[str, Site]
+    whole: Mapping[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class PeftModel:
+    """Weights in a mapping, with an adapter. A value: what would change it gives another one.
+
+    Attributes:
+        base: the mapping, the nested mappings, or the object with `weights`, as they were given.
+        sets: name of an adapter -> the adapter.
+        active_adapter: the name of the one that `weights` has.
+    """
+
+    base: Any
+    sets: Mapping[str, AdapterSet]
+    active_adapter: str = "default"
+
+    @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        """Name of an adapter -> its configuration."""
+        return {name: found.config for name, found in self.sets.items()}
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """Module's name -> the active adapter on it."""
+        return self._active.adapters
+
+    # The weights.
+
+    @property
+    def weights(self) -> Any:
+        """The weights in the form of the base's, made now of the present arrays: take them once a step.
+
+        Adapted ones are `AdaptedWeight`s. Dropout is off.
+        """
+        return self._weights(lambda adapter, base: adapted(adapter, base))
+
+    def training_weights(self, key: Any) -> Any:
+        """The same with the method's dropout, drawn by a step's key (`peftarray.dropout.step_key`)."""
+
+        def weight(adapter: Adapter, base: Array) -> Any:
+            stream = adapter.layer.name
+            return adapted(adapter, base, drop=lambda x, share: dropout(x, share, key, stream=stream))
+
+        return self._weights(weight)
+
+    def effective_weights(self) -> Any:
+        """The weights in the form of the base's, every one an array: for code that an `AdaptedWeight` cannot serve."""
+        return self._weights(lambda adapter, base: adapter.merge(base))
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """The base model, where it is one, on these weights."""
+        if not callable(self.base):
+            message = "this PeftModel has weights and no model; call your function with model.weights"
+            raise ConfigError(message)
+        return self.base(self.weights, *arguments, **options)
+
+    # Training.
+
+    @property
+    def trainable(self) -> dict[str, Array]:
+        """Name -> array of what training changes: `<module>.<array>`, the tensor's name of what is trained whole, and
+        by its own name what layers share.
+        """
+        found: dict[str, Array] = {}
+        for module, adapter in self.adapters.items():
+            for name, row in adapter.config.params(adapter.layer).items():
+                if adapter.trainable and not row.frozen:
+                    found.setdefault(row.shared or f"{module}.{name}", adapter.params[name])
+        return found | dict(self._active.whole) if self._is_trainable else found
+
+    def with_params(self, params: Mapping[str, Array]) -> PeftModel:
+        """The same model with these in place of arrays of the same names among `trainable`.
+
+        Raises:
+            MatchError: a name is not among them.
+        """
+        known = self.trainable
+        for name in params:
+            if name not in known:
+                message = f"{name} is not trained by this model{nearest(name, known)}"
+                raise MatchError(message)
+        adapters = {}
+        for module, adapter in self.adapters.items():
+            new = dict(adapter.params)
+            for name, row in adapter.config.params(adapter.layer).items():
+                key = row.shared or f"{module}.{name}"
+                if key in params:
+                    new[name] = params[key]
+            adapters[module] = replace(adapter, params=new)
+        whole = {name: params.get(name, array) for name, array in self._active.whole.items()}
+        return self._with(replace(self._active, adapters=adapters, whole=whole))
+
+    def freeze(self) -> PeftModel:
+        """The same model, of which training changes nothing."""
+        return self._with_trainable(False)
+
+    def unfreeze(self) -> PeftModel:
+        """The same model, whose adapter training changes."""
+        return self._with_trainable(True)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """How many numbers training changes, and how many there are."""
+        total = sum(math.prod(array.shape) for array in trees.leaves(_weights_of(self.base)) if hasattr(array, "shape"))
+        seen: dict[int, Array] = {id(a): a for adapter in self.adapters.values() for a in adapter.params.values()}
+        seen |= {id(array): array for array in self._active.whole.values()}
+        total += sum(math.prod(array.shape) for array in seen.values())
+        return sum(math.prod(array.shape) for array in self.trainable.values()), total
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many numbers training changes, as PEFT words it."""
+        print(trainable_summary(*self.get_nb_trainable_parameters()))
+
+    # Ends.
+
+    def merge_and_unload(self, safe_merge: bool = False) -> Any:
+        """The base with the adapter merged into it, in its own form.
+
+        Args:
+            safe_merge: raise where a merged weight is not finite.
+
+        Raises:
+            NumberError: as `safe_merge` asks.
+        """
+        merged = self.effective_weights()
+        for name, array in trees.named(merged) if safe_merge else ():
+            if namespace(array).isdtype(array.dtype, "real floating"):
+                xp = namespace(array)
+                if not bool(xp.all(xp.isfinite(array))):
+                    message = f"{name} would hold NaN or infinity after merging; the adapter is broken, or its scale is"
+                    raise NumberError(message)
+        return merged if self.base is _weights_of(self.base) else replace(self.base, weights=merged)
+
+    def unload(self) -> Any:
+        """The base, as it was given."""
+        return self.base
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+
+        An adapter that is not called `"default"` goes to a folder of its name within `folder`.
+        """
+        place = Path(folder) if self.active_adapter == "default" else Path(folder) / self.active_adapter
+        adapted_biases = {site.bias: site.layer.name for site in self._active.sites.values()}
+        whole = {
+            f"{adapted_biases[name]}.base_layer.bias" if name in adapted_biases else name: array
+            for name, array in self._active.whole.items()
+        }
+        save_adapters(place, self._active.config, self.adapters, replace=whole)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: Any,
+        folder: str | Path,
+        *,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        layers: Mapping[str, Layer] | None = None,
+    ) -> Any:
+        """A model with the adapter that PEFT or `save_pretrained` wrote.
+
+        Args:
+            model: as for `get_peft_model`.
+            folder: with `adapter_config.json` and `adapter_model.safetensors`.
+            adapter_name: what the adapter is called here.
+            is_trainable: whether training changes it.
+            layers: as for `get_peft_model`.
+
+        Raises:
+            PeftError: of the kind that fits; see `peftarray.errors`.
+        """
+        tree = _weights_of(model)
+        if tree is None:
+            return _backend_of_module(model).load_module(
+                model, folder, adapter_name=adapter_name, is_trainable=is_trainable
+            )
+        arrays = dict(trees.named(tree))
+        config = read_config(Path(folder))
+        sites = find_sites(arrays, config, layers or {})
+        named = {site.tensor: f"{module}.weight" for module, site in sites.items() if not is_saved(module, config)}
+        saved = load_adapters(
+            folder,
+            {named.get(name, name): array for name, array in arrays.items()},
+            layers={module: site.layer for module, site in sites.items()},
+        )
+        adapters = {}
+        for path, adapter in saved.adapters.items():
+            module = _module_here(_module(path), sites) + path[len(_module(path)) :]
+            adapters[module] = replace(adapter, trainable=is_trainable)
+        order = {name: place for place, name in enumerate(sites)}
+        adapters = dict(sorted(adapters.items(), key=lambda pair: (TOKENS in pair[0], order[_module(pair[0])])))
+        places = {name: sites[_module(name)] for name in adapters}
+        found = AdapterSet(saved.config, adapters, places, saved.replace)
+        return cls(model, {adapter_name: found}, adapter_name)
+
+    # What the above stand on.
+
+    @property
+    def _active(self) -> AdapterSet:
+        return self.sets[self.active_adapter]
+
+    @property
+    def _is_trainable(self) -> bool:
+        return all(adapter.trainable for adapter in self.adapters.values())
+
+    def _weights(self, make: Callable[[Adapter, Array], Any]) -> Any:
+        tree = _weights_of(self.base)
+        arrays = dict(trees.named(tree)) | dict(self._active.whole)
+        for module, site in self._active.sites.items():
+            adapter, base = self.adapters[module], arrays[site.tensor]
+            if site.bias is not None and "bias" in adapter.config.touches(adapter.layer):
+                bias = arrays[site.bias]
+                changed = adapter.merge_bias(bias, base)
+                arrays[site.bias] = changed if changed.dtype == bias.dtype else _cast(changed, bias)
+            if "weight" in adapter.config.touches(adapter.layer):
+                arrays[site.tensor] = make(adapter, base)
+        return trees.refill(tree, arrays.values())
+
+    def _with(self, changed: AdapterSet) -> PeftModel:
+        return replace(self, sets={**self.sets, self.active_adapter: changed})
+
+    def _with_trainable(self, trainable: bool) -> PeftModel:
+        adapters = {name: replace(adapter, trainable=trainable) for name, adapter in self.adapters.items()}
+        return self._with(replace(self._active, adapters=adapters))
+
+
+def trainable_summary(trainable: int, total: int) -> str:
+    """PEFT's words for how many numbers training changes."""
+    share = 100 * trainable / total if total else 0.0
+    return f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
+
+
+def _weights_of(model: Any) -> Any:
+    """The tree of arrays that a model is or has; None where it is a module of a library's own."""
+    if isinstance(model, (Mapping, list, tuple)):
+        return model
+    weights = getattr(model, "weights", None)
+    return weights if isinstance(weights, (Mapping, list, tuple)) else None
+
+
+def _backend_of_module(model: Any) -> Any:
+    """The backend that adapts modules of this type."""
+    libraries = [kind.__module__.partition(".")[0] for kind in type(model).__mro__]
+    for name in backend_names():
+        if name in libraries:
+            backend = load_backend(name)
+            if hasattr(backend, "adapt_module"):
+                return backend
+    message = (
+        f"the model is a {type(model).__name__}; give a mapping of names to arrays, an object with such weights, or a "
+        "torch.nn.Module"
+    )
+    raise ConfigError(message)
+
+
+def _module(name: str) -> str:
+    """The module that an adapter is on, from its key."""
+    return name.removesuffix(TOKENS)
+
+
+def _module_here(path: str, sites: Mapping[str, Site]) -> str:
+    """The module of the model that a file calls `path`: models with a head have a prefix before the names of others."""
+    found = [path] if path in sites else [name for name in sites if ends_with(path, [name]) or ends_with(name, [path])]
+    if len(found) != 1:
+        message = f"the adapter is on {path}, which {len(found)} modules of the model may be{nearest(path, sites)}"
+        raise MatchError(message)
+    return found[0]
+
+
+def _trained_whole(arrays: Mapping[str, Array], config: AdapterConfig, sites: Iterable[Site]) -> list[str]:
+    """The tensors that are trained whole beside the adapter."""
+    biases = config.trained_biases()
+    of_layers = {site.bias for site in sites}
+
+    def is_trained(name: str) -> bool:
+        module, _, last = name.rpartition(".")
+        if is_saved(module, config):
+            return True
+        return last == "bias" and (biases == "all" or (biases == "adapted" and name in of_layers))
+
+    return [name for name in arrays if is_trained(name)]
+
+
+def _copied(array: Array) -> Array:
+    return namespace(array).asarray(array, copy=True)
+
+
+def _cast(array: Array, like: Array) -> Array:
+    return namespace(array).astype(array, like.dtype)
