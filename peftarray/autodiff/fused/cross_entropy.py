@@ -1,0 +1,92 @@
+"""The loss of a language model's head without its logits: beside the plain formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftarray.arrays import Array, namespace
+from peftarray.autodiff.fused.memory import into
+from peftarray.autodiff.primitive import primitive
+from peftarray.autodiff.rules import Needs, Result
+from peftarray.autodiff.rules.scatter import add_rows
+from peftarray.errors import PeftError
+
+__all__ = ["linear_cross_entropy"]
+
+# So many rows of logits at a time: fewer make thin products, more only memory.
+_ROWS = 128
+
+
+def _linear_cross_entropy(hidden: Array, weight: Array, targets: Array, *, ignore_index: int = -100) -> Array:
+    """The mean cross-entropy of `softmax(hidden weight^T)`, without the array of all logits.
+
+    With `z` the logits of a row and `t` its target, a row has `log(sum(exp(z))) - z_t`.
+
+    Args:
+        hidden: `(..., d)`.
+        weight: `(classes, d)`.
+        targets: `(...)`, whole numbers.
+        ignore_index: rows with this target do not count.
+
+    Returns:
+        The mean over the rows that count.
+
+    Raises:
+        PeftError: no row counts.
+    """
+    xp = namespace(hidden, weight)
+    rows, targets, share = _rows(xp, hidden, targets, ignore_index)
+    logits = rows @ weight.mT
+    logits = logits - xp.max(logits, axis=-1, keepdims=True)
+    chosen = xp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return xp.sum((xp.log(xp.sum(xp.exp(logits), axis=-1)) - chosen) * share)
+
+
+@primitive(formula=_linear_cross_entropy)
+def linear_cross_entropy(
+    xp: Any, needs: Needs, hidden: Array, weight: Array, targets: Array, *, ignore_index: int = -100
+) -> Result:
+    shape, classes = hidden.shape, weight.shape[0]
+    hidden, targets, share = _rows(xp, hidden, targets, ignore_index)
+    wants_hidden, wants_weight, _ = needs
+    losses, to_hidden, to_weight = [], [], None
+    for start in range(0, hidden.shape[0], _ROWS):
+        part = slice(start, min(start + _ROWS, hidden.shape[0]))
+        rows, chosen = hidden[part, :], xp.take(weight, targets[part], axis=0)
+        logits = rows @ weight.mT
+        top = xp.max(logits, axis=-1, keepdims=True)
+        logits -= top
+        into(logits, xp.exp, logits)
+        total = xp.sum(logits, axis=-1, keepdims=True)
+        losses.append((xp.log(total) + top)[:, 0] - xp.vecdot(rows, chosen))
+        # The gradient of a row's logits is its softmax, less one at the target.
+        counts = share[part][:, None]
+        if wants_hidden:
+            to_hidden.append((logits @ weight) * (counts / total) - chosen * counts)
+        if wants_weight:
+            made = logits.mT @ (rows * (counts / total))
+            to_weight = made if to_weight is None else _added(to_weight, made)
+    if wants_weight:
+        to_weight = _added(to_weight, -add_rows(xp, hidden * share[:, None], targets, classes))
+    whole = xp.reshape(xp.concat(to_hidden, axis=0), shape) if wants_hidden else None
+    return (
+        xp.sum(xp.concat(losses, axis=0) * share),
+        lambda g: (None if whole is None else whole * g, None if to_weight is None else to_weight * g, None),
+    )
+
+
+def _added(total: Array, more: Array) -> Array:
+    total += more
+    return total
+
+
+def _rows(xp: Any, hidden: Array, targets: Array, ignore_index: int) -> tuple[Array, Array, Array]:
+    """Rows `(n, d)`, their targets with zero where they do not count, and their shares of the mean `(n,)`."""
+    targets = namespace(targets).reshape(targets, (-1,))
+    counts = targets != ignore_index
+    number = int(namespace(targets).count_nonzero(counts))
+    if number == 0:
+        message = f"every target is {ignore_index}, which does not count; give at least one row that does"
+        raise PeftError(message)
+    share = xp.astype(counts, hidden.dtype) / number
+    return xp.reshape(hidden, (-1, hidden.shape[-1])), xp.where(counts, targets, 0), share
