@@ -30,17 +30,19 @@ class AdaptedModule:
 
     Attributes:
         name: the module.
-        rank: inner size of its factors.
-        scale: the factor s before their product.
+        shapes: its arrays' names, as the method calls them -> their shapes.
+        scale: the factor s of the update.
+        rank: inner size of the factors s B A; None of a method without such factors.
         norm: the Frobenius norm of s B A; NaN where it does not follow from the adapter alone.
         spectrum: the singular values of s B A, the largest first; empty where they do not follow.
     """
 
     name: str
-    rank: int
+    shapes: dict[str, tuple[int, ...]]
     scale: float
-    norm: float
-    spectrum: tuple[float, ...]
+    rank: int | None = None
+    norm: float = math.nan
+    spectrum: tuple[float, ...] = ()
 
     @property
     def effective_rank(self) -> float:
@@ -63,7 +65,8 @@ class Inspection:
         nbytes: their bytes.
         dtypes: dtype -> how many tensors have it.
         facts: what the configuration says, in words -> values.
-        modules: adapted modules with factors.
+        modules: adapted modules.
+        shared: arrays that all of them share -> their shapes.
         replaced: tensors of an adapter that replace the base's whole.
         largest: name -> shape of the largest tensors.
     """
@@ -76,6 +79,7 @@ class Inspection:
     dtypes: dict[str, int]
     facts: dict[str, Any]
     modules: tuple[AdaptedModule, ...]
+    shared: dict[str, tuple[int, ...]]
     replaced: tuple[str, ...]
     largest: dict[str, tuple[int, ...]]
 
@@ -103,44 +107,54 @@ def _adapter(folder: Path) -> Inspection:
     config = read_config(folder, allow_unknown=True)
     tensors = open_weights(folder)
     groups: dict[str, dict[str, str]] = defaultdict(dict)
-    for key in tensors:
-        module, found, local = key.removeprefix(_PREFIX).partition(".lora_")
-        if found:
-            groups[module][f"lora_{local}".removesuffix(".weight").replace("_embedding_", "_")] = key
-    modules = tuple(
-        _module(name, group, config, tensors) for name, group in groups.items() if {"lora_A", "lora_B"} <= set(group)
-    )
-    factored = {key for group in groups.values() for key in group.values()}
+    shared, replaced = {}, []
+    # Every name of a method begins with its own word: lora_, hada_, oft_.
+    table = type(config)().params(Layer("", "linear", (64, 64)))
+    words = tuple({f"{name.partition('_')[0]}_" for name in table})
+    for key, info in tensors.items():
+        path = key.removeprefix(_PREFIX).split(".")
+        place = next((i for i, word in enumerate(path) if word.startswith(words)), None)
+        if place is None:
+            replaced.append(key)
+            continue
+        local = ".".join(path[place:]).removesuffix(".weight").replace("_embedding_", "_")
+        if path[:place] == ["base_model"]:
+            shared[local] = info.shape
+        else:
+            groups[".".join(path[:place])][local] = key
+    modules = tuple(_module(name, group, config, tensors) for name, group in groups.items())
     changed = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
         if getattr(config, field.name) != _default(field)
     }
     facts = {"method": config.peft_type} | changed
-    return _summary(folder, "adapter", tensors, facts, modules, tuple(key for key in tensors if key not in factored))
+    return _summary(folder, "adapter", tensors, facts, modules, shared, tuple(replaced))
 
 
 def _module(name: str, group: dict[str, str], config: AdapterConfig, tensors: Checkpoint) -> AdaptedModule:
-    raw = {local: tensors.read(key) for local, key in group.items()}
-    if min(raw["lora_A"].ndim, raw["lora_B"].ndim) < 2:
-        message = f"{name}: lora_A is {raw['lora_A'].shape} and lora_B {raw['lora_B'].shape}; both must be matrices"
-        raise ShapeError(message)
-    rank, up_rows = raw["lora_A"].shape[0], raw["lora_B"].shape[0]
     method = config.at(name)
-    kernel = raw["lora_A"].shape[2:]
-    layer = Layer(name, "conv" if kernel else "linear", (up_rows, raw["lora_A"].shape[1], *kernel))
+    shapes = {local: tensors[key].shape for local, key in group.items()}
+    if not {"lora_A", "lora_B"} <= set(group):
+        return AdaptedModule(name, shapes, method.scale)
+    if min(len(shapes["lora_A"]), len(shapes["lora_B"])) < 2:
+        message = f"{name}: lora_A is {shapes['lora_A']} and lora_B {shapes['lora_B']}; both must be matrices"
+        raise ShapeError(message)
+    raw = {local: tensors.read(key) for local, key in group.items()}
+    rank, kernel = shapes["lora_A"][0], shapes["lora_A"][2:]
+    layer = Layer(name, "conv" if kernel else "linear", (shapes["lora_B"][0], shapes["lora_A"][1], *kernel))
     if not _is_plain(method, raw, layer) or any(not param.stored for param in method.params(layer).values()):
         # The update needs the base's weight, or holds many experts: its spectrum does not follow from these factors.
-        return AdaptedModule(name, rank, method.scale, math.nan, ())
+        return AdaptedModule(name, shapes, method.scale, rank)
     with np.errstate(all="ignore"):
         factors = method.prepare(raw, layer)
         # The product's singular values are those of the small product of the factors' triangles.
         left, right = (np.linalg.qr(factor).R for factor in (factors["up"], factors["down"].T))
         product = left @ right.T
     if not np.isfinite(product).all():
-        return AdaptedModule(name, rank, method.scale, math.nan, ())
+        return AdaptedModule(name, shapes, method.scale, rank)
     spectrum = np.linalg.svd(product, compute_uv=False).astype(np.float64)
-    return AdaptedModule(name, rank, method.scale, float(np.linalg.norm(spectrum)), tuple(map(float, spectrum)))
+    return AdaptedModule(name, shapes, method.scale, rank, float(np.linalg.norm(spectrum)), tuple(map(float, spectrum)))
 
 
 def _is_plain(method: AdapterConfig, raw: dict[str, np.ndarray], layer: Layer) -> bool:
@@ -161,7 +175,7 @@ def _checkpoint(tensors: Checkpoint) -> Inspection:
     if "quantization_config" in config:
         facts["quantisation"] = config["quantization_config"]
     facts["files"] = len(tensors.shards)
-    return _summary(tensors.path, "checkpoint", tensors, facts, (), ())
+    return _summary(tensors.path, "checkpoint", tensors, facts, (), {}, ())
 
 
 def _summary(
@@ -170,6 +184,7 @@ def _summary(
     tensors: Checkpoint,
     facts: dict[str, Any],
     modules: tuple[AdaptedModule, ...],
+    shared: dict[str, tuple[int, ...]],
     replaced: tuple[str, ...],
 ) -> Inspection:
     infos = list(tensors.values())
@@ -183,6 +198,7 @@ def _summary(
         dtypes=dict(Counter(dtype_name(info.code) for info in infos)),
         facts=facts,
         modules=modules,
+        shared=shared,
         replaced=replaced,
         largest={info.name: info.shape for info in largest},
     )

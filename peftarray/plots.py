@@ -26,21 +26,20 @@ def plot_inspection(found: Inspection, file: Path) -> None:
     except ImportError:
         message = "a picture needs matplotlib, which is not installed; pip install 'peftarray[plot]'"
         raise ConfigError(message) from None
-    if not found.modules:
+    factored = [module for module in found.modules if module.rank is not None]
+    if not factored:
         message = f"{found.path} has no modules with factors, so there is nothing to draw; --plot is for LoRA adapters"
         raise ConfigError(message)
-    modules = (
-        found.modules if len(found.modules) <= _TALLEST else sorted(found.modules, key=lambda m: -m.norm)[:_TALLEST]
-    )
+    modules = factored if len(factored) <= _TALLEST else sorted(factored, key=lambda m: -m.norm)[:_TALLEST]
     figure = Figure(figsize=(12, max(3.5, 0.24 * len(modules) + 1.5)), layout="constrained")
     bars, curves = figure.subplots(1, 2, width_ratios=(3, 2))
     places = np.arange(len(modules))
     bars.barh(places, [module.norm for module in modules], color="tab:blue")
     bars.set_yticks(places, [module.name for module in modules], fontsize=7)
     bars.invert_yaxis()
-    which = "" if len(modules) == len(found.modules) else f" (the {len(modules)} largest of {len(found.modules)})"
+    which = "" if len(modules) == len(factored) else f" (the {len(modules)} largest of {len(factored)})"
     bars.set(xlabel="|s B A|, Frobenius norm", title=f"Size of the update{which}")
-    for module in found.modules:
+    for module in factored:
         largest = module.spectrum[0] if module.spectrum and module.spectrum[0] > 0 else 1.0
         values = np.array(module.spectrum[: module.rank]) / largest
         curves.semilogy(range(1, len(values) + 1), np.maximum(values, 1e-8), color="tab:blue", alpha=0.3, linewidth=1)

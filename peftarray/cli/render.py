@@ -107,18 +107,29 @@ def inspection_text(found: Inspection) -> str:
         f"{found.kind}: {found.tensors} tensors ({dtypes}), {found.parameters:,} parameters, {_size(found.nbytes)}"
     ]
     lines += [f"  {name}: {_short(value)}" for name, value in found.facts.items()]
-    if found.modules:
+    factored = [module for module in found.modules if module.rank is not None]
+    if factored:
         lines.append(f"  {'rank':>4} {'scale':>7} {'norm':>9} {'largest':>9} {'used':>5}  module")
-        for module in found.modules:
+        for module in factored:
             largest = module.spectrum[0] if module.spectrum else 0.0
             lines.append(
                 f"  {module.rank:4d} {module.scale:7.3g} {module.norm:9.3g} {largest:9.3g} "
                 f"{module.effective_rank:5.1f}  {module.name}"
             )
+    others = [module for module in found.modules if module.rank is None]
+    if others:
+        lines.append(f"  {'scale':>7}  module: arrays")
+        lines += [f"  {module.scale:7.3g}  {module.name}: {_arrays(module.shapes)}" for module in others]
+    if found.shared:
+        lines.append(f"  shared by all: {_arrays(found.shared)}")
     lines += [f"  whole tensor: {name}" for name in found.replaced]
     if found.kind == "checkpoint":
         lines += [f"  {'x'.join(map(str, shape)):>16}  {name}" for name, shape in found.largest.items()]
     return "\n".join(lines)
+
+
+def _arrays(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
 
 
 def _size(nbytes: int) -> str:
