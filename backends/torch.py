@@ -14,7 +14,16 @@ import torch.utils.checkpoint
 from peftarray import arrays
 from peftarray.gradients import Chosen, check_loss, refuse_independent, refuse_unused
 
-__all__ = ["COMPILES", "checkpoint", "from_host", "jit", "to_host", "value_and_grad"]
+__all__ = [
+    "COMPILES",
+    "adapt_module",
+    "checkpoint",
+    "from_host",
+    "jit",
+    "load_module",
+    "to_host",
+    "value_and_grad",
+]
 
 COMPILES = False
 """Inductor takes its time at the first step, and not every model has a graph without breaks."""
@@ -80,6 +89,20 @@ def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled as one graph."""
     return torch.compile(function, fullgraph=True)
+
+
+def adapt_module(module: Any, config: Any, *, seed: int = 0, adapter_name: str = "default") -> Any:
+    """`peftarray.get_peft_model` for a `torch.nn.Module`."""
+    from peftarray.backends import torch_modules
+
+    return torch_modules.adapt_module(module, config, seed=seed, adapter_name=adapter_name)
+
+
+def load_module(module: Any, folder: Any, *, adapter_name: str = "default", is_trainable: bool = False) -> Any:
+    """`peftarray.PeftModel.from_pretrained` for a `torch.nn.Module`."""
+    from peftarray.backends import torch_modules
+
+    return torch_modules.load_module(module, folder, adapter_name=adapter_name, is_trainable=is_trainable)
 
 
 def _detached(tree: Any) -> Any:

@@ -78,11 +78,10 @@ class Adapter:
 
     def added(self, x: Array, *, bias: Array | None = None, drop: Drop | None = None) -> Array:
         """What a method that `adds_apart` adds to the layer's own output; arguments as for `forward`."""
-        given = _widened(x)
         if drop is None:
-            y = self.config.apply_update(self.prepared, given, None, self.layer)
+            y = self.config.apply_update(self.prepared, x, None, self.layer)
         else:
-            y = update_with_dropout(self.config, self._wide_params, given, None, self.layer, drop)
+            y = update_with_dropout(self.config, self._wide_params, x, None, self.layer, drop)
         if bias is None:
             return y
         return y + self._over_channels(self.config.effective_bias(self.params, bias, None, self.layer) - bias)

@@ -1,13 +1,13 @@
 """A model with an adapter: the model's weights in a mapping, some of them adapted.
 
-Nothing here changes in place. The weights are a pure function of the adapter's arrays, so that a loss of the form
-`loss(model.with_params(params).weights, batch)` is differentiated by any library.
+The weights are a pure function of the adapter's arrays, so that any library differentiates a loss of the form
+`loss(model.with_params(params).weights, batch)`, and `peftarray.training.fit` trains the model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from peftarray.sites import (
     saved_modules,
     start_adapters,
     start_tokens,
+    with_heads,
 )
 from peftarray.targets import ends_with, is_saved
 
@@ -78,9 +79,11 @@ def get_peft_model(
     if tree is None:
         return _backend_of_module(model).adapt_module(model, config, seed=seed, adapter_name=adapter_name)
     arrays = dict(trees.named(tree))
+    modules = [name.rpartition(".")[0] for name in arrays]
+    config = with_heads(config, modules)
     sites = find_sites(arrays, config, layers or {})
     chosen = choose({name: site.layer for name, site in sites.items()}, config, heads_among(sites))
-    saved_modules({name.rpartition(".")[0] for name in arrays}, config)
+    saved_modules(modules, config)
     adapters = start_adapters(
         (sites[name].layer for name in chosen), config, lambda name: arrays[sites[name].tensor], seed
     )
@@ -100,17 +103,19 @@ class AdapterSet:
         adapters: module's name -> its adapter.
         sites: module's name -> its weight.
         whole: tensor's name -> the array that takes its place (`modules_to_save`, trained biases).
+        trainable: whether training changes it.
     """
 
     config: AdapterConfig
     adapters: Mapping[str, Adapter]
     sites: Mapping[str, Site]
     whole: Mapping[str, Array] = field(default_factory=dict)
+    trainable: bool = True
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PeftModel:
-    """Weights in a mapping, with an adapter. A value: what would change it gives another one.
+    """Weights in a mapping, with an adapter. Nothing in it changes but its `params`, when they are set.
 
     Attributes:
         base: the mapping, the nested mappings, or the object with `weights`, as they were given.
@@ -165,46 +170,45 @@ class PeftModel:
     # Training.
 
     @property
-    def trainable(self) -> dict[str, Array]:
+    def params(self) -> dict[str, Array]:
         """Name -> array of what training changes: `<module>.<array>`, the tensor's name of what is trained whole, and
-        by its own name what layers share.
+        by its own name what layers share. They may be set, all or some.
         """
         found: dict[str, Array] = {}
-        for module, adapter in self.adapters.items():
-            for name, row in adapter.config.params(adapter.layer).items():
-                if adapter.trainable and not row.frozen:
-                    found.setdefault(row.shared or f"{module}.{name}", adapter.params[name])
-        return found | dict(self._active.whole) if self._is_trainable else found
+        for name, module, key in self._trained_arrays():
+            found.setdefault(name, self.adapters[module].params[key])
+        return found | dict(self._active.whole) if self._active.trainable else found
+
+    @params.setter
+    def params(self, params: Mapping[str, Array]) -> None:
+        self.sets = self.with_params(params).sets
 
     def with_params(self, params: Mapping[str, Array]) -> PeftModel:
-        """The same model with these in place of arrays of the same names among `trainable`.
+        """The same model with these in place of arrays of the same names among `params`.
 
         Raises:
             MatchError: a name is not among them.
         """
-        known = self.trainable
+        known = self.params
         for name in params:
             if name not in known:
                 message = f"{name} is not trained by this model{nearest(name, known)}"
                 raise MatchError(message)
-        adapters = {}
-        for module, adapter in self.adapters.items():
-            new = dict(adapter.params)
-            for name, row in adapter.config.params(adapter.layer).items():
-                key = row.shared or f"{module}.{name}"
-                if key in params:
-                    new[name] = params[key]
-            adapters[module] = replace(adapter, params=new)
+        new = {module: dict(adapter.params) for module, adapter in self.adapters.items()}
+        for name, module, key in self._trained_arrays():
+            if name in params:
+                new[module][key] = params[name]
+        adapters = {module: replace(adapter, params=new[module]) for module, adapter in self.adapters.items()}
         whole = {name: params.get(name, array) for name, array in self._active.whole.items()}
         return self._with(replace(self._active, adapters=adapters, whole=whole))
 
     def freeze(self) -> PeftModel:
         """The same model, of which training changes nothing."""
-        return self._with_trainable(False)
+        return self._with(replace(self._active, trainable=False))
 
     def unfreeze(self) -> PeftModel:
         """The same model, whose adapter training changes."""
-        return self._with_trainable(True)
+        return self._with(replace(self._active, trainable=True))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many numbers training changes, and how many there are."""
@@ -212,7 +216,7 @@ class PeftModel:
         seen: dict[int, Array] = {id(a): a for adapter in self.adapters.values() for a in adapter.params.values()}
         seen |= {id(array): array for array in self._active.whole.values()}
         total += sum(math.prod(array.shape) for array in seen.values())
-        return sum(math.prod(array.shape) for array in self.trainable.values()), total
+        return sum(math.prod(array.shape) for array in self.params.values()), total
 
     def print_trainable_parameters(self) -> None:
         """Print how many numbers training changes, as PEFT words it."""
@@ -294,11 +298,18 @@ class PeftModel:
         adapters = {}
         for path, adapter in saved.adapters.items():
             module = _module_here(_module(path), sites) + path[len(_module(path)) :]
-            adapters[module] = replace(adapter, trainable=is_trainable)
+            adapters[module] = adapter
         order = {name: place for place, name in enumerate(sites)}
         adapters = dict(sorted(adapters.items(), key=lambda pair: (TOKENS in pair[0], order[_module(pair[0])])))
         places = {name: sites[_module(name)] for name in adapters}
-        found = AdapterSet(saved.config, adapters, places, saved.replace)
+        for name in saved.replace:
+            if name not in arrays:
+                message = (
+                    f"{folder} brings {name}, which the weights do not have{nearest(name, arrays)}; add one to them"
+                )
+                raise MatchError(message)
+        whole = {name: saved.replace[name] for name in arrays if name in saved.replace}
+        found = AdapterSet(saved.config, adapters, places, whole, is_trainable)
         return cls(model, {adapter_name: found}, adapter_name)
 
     # What the above stand on.
@@ -307,9 +318,12 @@ class PeftModel:
     def _active(self) -> AdapterSet:
         return self.sets[self.active_adapter]
 
-    @property
-    def _is_trainable(self) -> bool:
-        return all(adapter.trainable for adapter in self.adapters.values())
+    def _trained_arrays(self) -> Iterator[tuple[str, str, str]]:
+        """(name in `params`, module, name in the adapter) of every array of the method that is trained."""
+        for module, adapter in self.adapters.items() if self._active.trainable else ():
+            for key, row in adapter.config.params(adapter.layer).items():
+                if not row.frozen:
+                    yield row.shared or f"{module}.{key}", module, key
 
     def _weights(self, make: Callable[[Adapter, Array], Any]) -> Any:
         tree = _weights_of(self.base)
@@ -326,10 +340,6 @@ class PeftModel:
 
     def _with(self, changed: AdapterSet) -> PeftModel:
         return replace(self, sets={**self.sets, self.active_adapter: changed})
-
-    def _with_trainable(self, trainable: bool) -> PeftModel:
-        adapters = {name: replace(adapter, trainable=trainable) for name, adapter in self.adapters.items()}
-        return self._with(replace(self._active, adapters=adapters))
 
 
 def trainable_summary(trainable: int, total: int) -> str:

@@ -26,11 +26,17 @@ __all__ = [
     "saved_modules",
     "start_adapters",
     "start_tokens",
+    "with_heads",
 ]
 
 TOKENS = ".token_adapter"
 """What PEFT puts behind the name of an embedding of which some rows are trained beside another method."""
 
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 # How the last word of a weight's name says what it is: torch's modules, and Flax's.
 _TORCH, _FLAX, _FLAX_EMBEDDING = "weight", "kernel", "embedding"
 
@@ -143,14 +149,23 @@ def input_embedding(modules: Iterable[str]) -> str | None:
     return None
 
 
-def saved_modules(modules: Iterable[str], config: AdapterConfig) -> list[str]:
+def with_heads(config: AdapterConfig, modules: Iterable[str]) -> AdapterConfig:
+    """The configuration with the heads in `modules_to_save` that a task's models start from noise, as PEFT has it."""
+    known = {name.rpartition(".")[2] for name in modules}
+    heads = [name for name in _TASK_HEADS.get(config.task_type or "", ()) if name in known]
+    listed = list(config.modules_to_save or ())
+    missing = [name for name in heads if name not in listed]
+    return replace(config, modules_to_save=[*listed, *missing]) if missing else config
+
+
+def saved_modules(modules: Iterable[str], config: AdapterConfig, *, strict: bool = True) -> list[str]:
     """The modules among these that `modules_to_save` names, without what lies within them.
 
     Raises:
-        MatchError: an item names nothing.
+        MatchError: an item names nothing, and `strict`.
     """
-    known = list(modules)
-    for item in config.modules_to_save or ():
+    known = [name for name in modules if name]
+    for item in (config.modules_to_save or ()) if strict else ():
         if not any(f".{item}." in f".{name}." for name in known):
             message = f"modules_to_save names {item!r}, which is none of {len(known)} modules{nearest(item, known)}"
             raise MatchError(message)
