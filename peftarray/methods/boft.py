@@ -15,6 +15,7 @@ from peftarray.arrays import Array, Params, namespace
 from peftarray.errors import ConfigError, UnsupportedError
 from peftarray.layers import Kind, Layer, contract
 from peftarray.method import Param, Transform
+from peftarray.method_dropout import Dropout
 from peftarray.rotations import cayley, diagonal_blocks, turn, wide
 from peftarray.settings import boolean, number, one_of, setting, whole
 
@@ -40,7 +41,7 @@ class BOFTConfig(Transform):
         boft_n_butterfly_factor: `F`. A file may also hold one factor: without its compiled kernel PEFT trains no more,
             whatever the configuration says.
         bias: which biases of the model an adapter's file replaces: `"none"`, `"all"` or `"boft_only"`.
-        boft_dropout: blocks left out in training.
+        boft_dropout: share of the blocks that training takes as the identity.
         fan_in_fan_out: the weight is stored `(in, out)`, where the architecture does not say.
 
     PEFT's unmerged convolution takes no dilation and one stride and padding for both axes; here it equals the merged
@@ -132,6 +133,9 @@ class BOFTConfig(Transform):
         if layer.kind == "conv":
             return super().apply(p, x, w, layer)
         return contract(_turn(x, p["factors"]), w, layer) * p["gain"]
+
+    def dropout(self) -> Dropout:
+        return Dropout(blocks=self.boft_dropout, parameter="boft_R", stacked=True)
 
     def stored_in_out(self) -> bool:
         return self.fan_in_fan_out

@@ -18,6 +18,7 @@ from peftarray.arrays import Array, Params, device, namespace
 from peftarray.errors import ConfigError, UnsupportedError
 from peftarray.layers import Kind, Layer, contract
 from peftarray.method import Param, Transform
+from peftarray.method_dropout import Dropout
 from peftarray.rotations import cayley, diagonal_blocks, skew_symmetric, turn, wide
 from peftarray.settings import Rule, boolean, number, one_of, setting, whole
 
@@ -44,7 +45,7 @@ class OFTConfig(Transform):
         eps: that bound.
         block_share: all blocks are the same, `oft_R (1, b (b - 1) / 2)`.
         bias: which biases of the model an adapter's file replaces: `"none"`, `"all"` or `"oft_only"`.
-        module_dropout: blocks left out in training.
+        module_dropout: share of the blocks that training takes as the identity; PEFT takes no notice of it.
         fan_in_fan_out: the weight is stored `(in, out)`, where the architecture does not say.
 
     PEFT's unmerged convolution adds overlapping patches up for kernels larger than 1; here it equals the merged one.
@@ -132,6 +133,9 @@ class OFTConfig(Transform):
         if layer.kind == "embedding":
             return turn(contract(x, w, layer), p["blocks"])
         return super().apply(p, x, w, layer)
+
+    def dropout(self) -> Dropout:
+        return Dropout(blocks=self.module_dropout, parameter="oft_R")
 
     def why_not_mergeable(self) -> str | None:
         if not self.use_cayley_neumann or _release(self.peft_version) >= (0, 18):
