@@ -14,7 +14,17 @@ import numpy as np
 
 from peftarray.dtypes import rounded
 
-__all__ = ["Draw", "TorchStream", "full", "kaiming_uniform", "normal", "normal_of", "uniform", "zeros"]
+__all__ = [
+    "Draw",
+    "TorchStream",
+    "full",
+    "kaiming_uniform",
+    "normal",
+    "normal_of",
+    "uniform",
+    "uniform_within",
+    "zeros",
+]
 
 _BLOCK = 1 << 16
 """Draws made at once, so that what lies between stays in the cache."""
@@ -55,6 +65,11 @@ def normal(seed: int, stream: str, shape: tuple[int, ...]) -> np.ndarray:
 def normal_of(deviation: float) -> Draw:
     """A draw like `normal`, with this standard deviation."""
     return lambda seed, stream, shape: normal(seed, stream, shape) * np.float32(deviation)
+
+
+def uniform_within(bound: float) -> Draw:
+    """A draw that is uniform over +-bound."""
+    return lambda seed, stream, shape: (2 * uniform(seed, stream, shape) - 1) * np.float32(bound)
 
 
 def kaiming_uniform(seed: int, stream: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -43,7 +43,7 @@ STANDS_ON = {
     "method": "adapter patterns random settings",
     "methods": "method rotations",
     "inits": "methods",
-    "prompts": "method",
+    "prompts": "autodiff method",
     "targets": "method",
     "formats": "methods prompts targets stores quant",
     "combine": "inits methods",
