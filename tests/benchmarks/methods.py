@@ -9,10 +9,10 @@ frozen, and what a method prepares from its parameters is made anew in each step
 both layers, by `merge_and_unload` in PEFT (which adds to the weights that are there) and `Adapter.merge` here (which
 leaves them). The forward pass keeps no gradients; its parameters are prepared once, which PEFT does anew.
 
-Each contender is a process of its own that works only when asked, in turns; the numbers are medians over the rounds.
-All contenders get the same parameters, and their outputs and merged weights must agree before a time counts. glibc is
-told to keep freed memory in each of them: as it comes, it gives large arrays back to the system or not by what was
-freed before, and a merge takes twice as long or not (`--plain-malloc` leaves it so).
+Each contender is a process of its own that works only when asked, in turns, another one first in each round; the
+numbers are medians over the rounds. All contenders get the same parameters, and their outputs and merged weights must
+agree before a time counts. glibc is told to keep freed memory in each of them: as it comes, it gives large arrays back
+to the system or not by what was freed before, and a merge takes twice as long or not (`--plain-malloc` leaves it so).
 """
 
 from __future__ import annotations
@@ -245,17 +245,18 @@ def measure(
 
 def measure_method(name: str, contenders: list[Contender], rounds: int, seconds: float) -> dict[str, dict[str, float]]:
     times: dict[str, dict[str, list[float]]] = {action: {c: [] for c in names} for action, names in ACTIONS.items()}
-    for _ in range(rounds):
+    for turn in range(rounds):
+        first = turn % len(contenders)
         for action, names in ACTIONS.items():
             expected: list[float] = []
-            for contender in contenders:
+            for contender in contenders[first:] + contenders[:first]:
                 if contender.name not in names:
                     continue
                 milliseconds, numbers = contender.ask(name, action, seconds)
                 times[action][contender.name].append(milliseconds)
                 expected = expected or numbers
                 if not np.allclose(numbers, expected, rtol=1e-3, atol=1e-5):
-                    raise SystemExit(f"{contender.name} and peft differ in {action} of {name}.")
+                    raise SystemExit(f"{contender.name} and the contender before it differ in {action} of {name}.")
     return {action: {c: statistics.median(found) for c, found in each.items()} for action, each in times.items()}
 
 
