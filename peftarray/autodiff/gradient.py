@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -55,7 +55,9 @@ def value_and_grad(
     """
 
     def run(params: Any, *others: Any, **options: Any) -> tuple[Any, Any]:
-        names, values = zip(*trees.named(params), strict=True) if trees.leaves(params) else ((), ())
+        names = [name for name, _ in trees.named(params)]
+        # NumPy's arithmetic makes scalars of arrays without axes.
+        values = [np.asarray(leaf) if isinstance(leaf, np.generic) else leaf for leaf in trees.leaves(params)]
         trained = _trained(names, values, frozen)
         tape = new_tape(namespace(*(values[place] for place in trained)))
         leaves = {place: tape.leaf(values[place]) for place in trained}
@@ -84,7 +86,7 @@ def value_and_grad(
     return run(*arguments) if arguments else run
 
 
-def _trained(names: tuple[str, ...], values: tuple[Any, ...], frozen: Collection[str]) -> list[int]:
+def _trained(names: Sequence[str], values: Sequence[Any], frozen: Collection[str]) -> list[int]:
     """The places of the arrays that gradients are asked for."""
     branches = [name + "." for name in frozen]
     for name, branch in zip(frozen, branches, strict=True):
@@ -108,7 +110,7 @@ def _check_array(name: str, value: Any) -> None:
     if is_traced(value):
         message = f"{name} is traced already, and gradients of gradients are not offered; differentiate once"
         raise PeftError(message)
-    if isinstance(value, np.generic) or not hasattr(value, "dtype"):
+    if not hasattr(value, "dtype"):
         message = f"{name} is a {type(value).__name__}; params holds arrays, so make it one or pass it beside params"
         raise PeftError(message)
     if not namespace(value).isdtype(value.dtype, ("real floating", "complex floating")):

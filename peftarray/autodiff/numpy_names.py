@@ -97,6 +97,15 @@ def _norm(xp: Any, x: Array, ord: Any = None, axis: Any = None, keepdims: bool =
     return xp.linalg.vector_norm(x, ord=2 if ord is None else ord, axis=axis, keepdims=keepdims)
 
 
+def _spread(name: str) -> Named:
+    """`var` and `std` with NumPy's name for the correction."""
+
+    def function(xp: Any, x: Array, axis: Any = None, *, ddof: float = 0.0, **options: Any) -> Array:
+        return getattr(xp, name)(x, axis=axis, **{"correction": ddof} | options)
+
+    return function
+
+
 def _copy(xp: Any, x: Array) -> Array:
     return xp.positive(x)
 
@@ -109,8 +118,10 @@ _FUNCTIONS: dict[str, Named] = {
     "linalg.norm": _norm,
     "ravel": _ravel,
     "split": _split,
+    "std": _spread("std"),
     "swapaxes": _swapaxes,
     "transpose": _transpose,
+    "var": _spread("var"),
 }
 
 
@@ -130,7 +141,7 @@ def _with_axes(xp: Any, x: Array, *axes: Any) -> Array:
 METHODS: dict[str, Named] = {
     name: _same(name)
     for name in (
-        "all any argmax argmin argsort astype clip max mean min nonzero prod repeat round squeeze std sum take var"
+        "all any argmax argmin argsort astype clip max mean min nonzero prod repeat round squeeze sum take"
     ).split()
 } | {
     "conj": _same("conj"),
@@ -140,6 +151,8 @@ METHODS: dict[str, Named] = {
     "flatten": _ravel,
     "ravel": _ravel,
     "reshape": _with_lengths,
+    "std": _spread("std"),
     "swapaxes": _swapaxes,
     "transpose": _with_axes,
+    "var": _spread("var"),
 }

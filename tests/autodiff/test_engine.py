@@ -168,6 +168,15 @@ def test_frozen_branches_and_other_arguments():
     assert gradients["b"].tolist() == [3, 3]
 
 
+def test_numbers_that_numpys_arithmetic_made_scalars_are_trained_on():
+    scale = np.asarray(2.0) - 0.5
+    assert not isinstance(scale, np.ndarray)
+    value, gradient = value_and_grad(lambda p: p["scale"] ** 2, {"scale": scale})
+    assert float(value) == 2.25
+    assert type(gradient["scale"]) is np.ndarray
+    assert float(gradient["scale"]) == 3.0
+
+
 def test_what_goes_along_is_plain():
     def loss(x):
         y = x * 2

@@ -22,7 +22,7 @@ LIBRARIES = {
     "array_api_strict": lambda x: array_api_strict.asarray(x, device=array_api_strict.Device("device1"), copy=True),
 }
 each_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-few = settings(max_examples=8)
+few = settings(max_examples=8, deadline=None)
 
 
 def drawn(data: st.DataObject, function: Function, dtype: str = "float64") -> list[np.ndarray]:
@@ -112,7 +112,7 @@ def test_gradients_are_the_slopes(function, data):
 
 
 @on_each_library(list(FUNCTIONS))
-@settings(max_examples=2)
+@settings(max_examples=2, deadline=None)
 @given(st.data())
 def test_gradients_have_their_values_dtype(function, to_library, data):
     arguments = [to_library(x) for x in drawn(data, function, "float32")]

@@ -34,6 +34,10 @@ CODE = {
         lambda a, b: np.split(a, 3, axis=-1)[1] * np.split(b, [1, 2], -1)[2] + np.copy(b),
         lambda a, b: a[:, 1:2] * b[:, 2:] + b,
     ),
+    "spread": (
+        lambda a, b: np.var(a, axis=0, ddof=1) + np.std(b, ddof=2) + a.std(1, ddof=1)[0] + np.take(a, 1, axis=0),
+        lambda a, b: a.var(0, correction=1) + b.std(correction=2) + a.std(1)[0] + a[1],
+    ),
     "running sums": (
         lambda a, b: np.cumsum(a)[:3] + np.cumsum(b, axis=1),
         lambda a, b: torch.cumsum(a.ravel(), 0)[:3] + torch.cumsum(b, 1),

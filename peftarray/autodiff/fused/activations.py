@@ -35,7 +35,9 @@ def _silu_mul(gate: Array, up: Array) -> Array:
 @primitive(formula=_silu_mul)
 def silu_mul(xp: Any, needs: Needs, gate: Array, up: Array) -> Result:
     # With n = 1 + exp(-gate), the sigmoid is 1 / n.
-    n, silu, value = (xp.empty(gate.shape, dtype=gate.dtype, device=device(gate)) for _ in range(3))
+    value = xp.empty(gate.shape, dtype=gate.dtype, device=device(gate))
+    # Where no gradient reads them, they lie where the value will.
+    n, silu = (xp.empty_like(value), xp.empty_like(value)) if any(needs) else (value, value)
     for gate_, up_, n_, silu_, value_ in tiles(xp, gate, up, n, silu, value):
         into(n_, xp.negative, gate_)
         into(n_, xp.minimum, n_, _LARGEST_EXPONENT)

@@ -116,7 +116,8 @@ def attention(
         into(weights, xp.exp, weights)
         weights /= (weights @ ones[:seen])[..., None]  # a product is quicker than a sum
         value_by_tokens[..., tokens, :, :] = xp.reshape(weights @ v[..., :seen, :], (*grid.shape[:-1], v.shape[-1]))
-        blocks.append((tokens, weights))
+        if any(needs):
+            blocks.append((tokens, weights))
     wants_q, wants_k, wants_v, wants_mask = (*needs, False)[:4]
 
     def pull(g: Array) -> Wanted:

@@ -53,6 +53,7 @@ def _is_mask(xp: Any, part: Any) -> bool:
 @INDEXING.rule("take")
 def _take(xp: Any, needs: Needs, x: Array, indices: Array, axis: int | None = None) -> Result:
     """`indices` may have any number of axes, as far as the library takes them."""
+    indices = xp.asarray(indices) if isinstance(indices, (int, list, tuple)) else indices
     before = x.shape
     shape = before if axis is not None else (math.prod(before),)
     along = 0 if axis is None else axis % len(before)
