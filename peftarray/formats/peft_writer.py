@@ -7,8 +7,6 @@ with the names that the method's table gives for the disk; what layers share sta
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,20 +16,20 @@ import numpy as np
 from peftarray.adapter import Adapter
 from peftarray.arrays import Array, device, namespace, to_host
 from peftarray.dtypes import parse_dtype
-from peftarray.errors import ConfigError, MatchError, OutputError, UnsupportedError
+from peftarray.errors import ConfigError, MatchError, UnsupportedError
 from peftarray.formats.adapters import Adapters, Ref, Site
+from peftarray.formats.folder import write_folder
 from peftarray.formats.peft import read
 from peftarray.formats.peft_config import config_to_dict
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
 from peftarray.methods import TrainableTokensConfig
 from peftarray.stores.checkpoint import Checkpoint
-from peftarray.stores.safetensors import TensorInfo, save_file
+from peftarray.stores.safetensors import TensorInfo
 from peftarray.targets import is_targeted
 
 __all__ = ["SavedAdapters", "load_adapters", "save_adapters"]
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SHARED = "base_model."
 _PREFIX = "base_model.model."
 _TOKENS = ".token_adapter"
@@ -96,7 +94,7 @@ def save_adapters(
                 raise MatchError(message)
     tensors |= {_PREFIX + name: to_host(array) for name, array in (replace or {}).items()}
     written = config_to_dict(config) | {"inference_mode": True}
-    _write(Path(folder), json.dumps(written, indent=2, sort_keys=True) + "\n", tensors)
+    write_folder(Path(folder), written, tensors)
 
 
 def load_adapters(
@@ -190,29 +188,6 @@ def _stored(module: str, adapter: Adapter) -> dict[str, Array]:
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
     return a is b or (a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
-
-
-def _write(folder: Path, config: str, tensors: Mapping[str, np.ndarray]) -> None:
-    """Both files are complete on the disk before either gets its name; without a configuration there is no adapter."""
-    staged = {name: folder / f"{name}.new" for name in (_WEIGHTS, _CONFIG)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, staged[_WEIGHTS])
-        with staged[_CONFIG].open("w", encoding="utf-8") as file:
-            file.write(config)
-            file.flush()
-            os.fsync(file.fileno())
-        (folder / _CONFIG).unlink(missing_ok=True)
-        for name, path in staged.items():
-            path.replace(folder / name)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        message = f"{folder} cannot be written ({error.strerror}); check the place, its permissions and the room there"
-        raise OutputError(message) from None
 
 
 def _params(site: Site, found: Adapters, weight: Array | tuple[int, ...]) -> dict[str, np.ndarray]:
