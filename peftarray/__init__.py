@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peftarray.adapter import Adapter as Adapter
+    from peftarray.draws import KeyedDraws as KeyedDraws
+    from peftarray.draws import dropout as dropout
+    from peftarray.draws import step_key as step_key
     from peftarray.errors import ConfigError as ConfigError
     from peftarray.errors import FormatError as FormatError
     from peftarray.errors import MatchError as MatchError
@@ -45,11 +48,38 @@ if TYPE_CHECKING:
     from peftarray.methods import OFTConfig as OFTConfig
     from peftarray.methods import TrainableTokensConfig as TrainableTokensConfig
     from peftarray.methods import VeraConfig as VeraConfig
+    from peftarray.training import SGD as SGD
+    from peftarray.training import Adafactor as Adafactor
+    from peftarray.training import AdaLoraBudget as AdaLoraBudget
+    from peftarray.training import AdamW as AdamW
+    from peftarray.training import Batches as Batches
+    from peftarray.training import Group as Group
+    from peftarray.training import History as History
+    from peftarray.training import Lion as Lion
+    from peftarray.training import LossScale as LossScale
+    from peftarray.training import Moment as Moment
+    from peftarray.training import Precision as Precision
+    from peftarray.training import Schedule as Schedule
+    from peftarray.training import Trainable as Trainable
+    from peftarray.training import clip_by_norm as clip_by_norm
+    from peftarray.training import clip_by_value as clip_by_value
+    from peftarray.training import constant as constant
+    from peftarray.training import cosine as cosine
+    from peftarray.training import cosine_with_restarts as cosine_with_restarts
+    from peftarray.training import early_stopping as early_stopping
+    from peftarray.training import fit as fit
+    from peftarray.training import inverse_sqrt as inverse_sqrt
+    from peftarray.training import linear as linear
+    from peftarray.training import lora_plus as lora_plus
+    from peftarray.training import one_cycle as one_cycle
+    from peftarray.training import orthogonality_penalty as orthogonality_penalty
+    from peftarray.training import polynomial as polynomial
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "adapter": "Adapter",
+    "draws": "KeyedDraws dropout step_key",
     "errors": "ConfigError FormatError MatchError NumberError OutputError PeftError QualityError ShapeError"
     " UnsupportedError",
     "formats.peft_writer": "SavedAdapters load_adapters save_adapters",
@@ -59,6 +89,9 @@ _HOMES = {
     "method": "AdapterConfig Additive LowRank Param Transform",
     "methods": "METHODS AdaLoraConfig BOFTConfig IA3Config LoHaConfig LoKrConfig LoraConfig OFTConfig"
     " TrainableTokensConfig VeraConfig",
+    "training": "SGD Adafactor AdaLoraBudget AdamW Batches Group History Lion LossScale Moment Precision Schedule"
+    " Trainable clip_by_norm clip_by_value constant cosine cosine_with_restarts early_stopping fit"
+    " inverse_sqrt linear lora_plus one_cycle orthogonality_penalty polynomial",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

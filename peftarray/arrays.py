@@ -63,12 +63,12 @@ def namespace(*arrays: Array) -> Any:
     best_rank = -1
     best: Any = None
     for array in arrays:
-        if array is None or isinstance(array, (int, float, complex)):
-            continue
         found = _NAMESPACES.get(type(array))
         if found is None:
-            # NumPy scalars and memory maps are NumPy's too.
+            # NumPy scalars and memory maps are NumPy's too; its float64 is a Python float besides.
             is_numpy = isinstance(array, (np.ndarray, np.generic))
+            if array is None or (isinstance(array, (int, float, complex)) and not is_numpy):
+                continue
             found = (0, np) if is_numpy else (_rank(array), _shim().array_namespace(array))
             _NAMESPACES[type(array)] = found
         rank, xp = found
@@ -85,7 +85,8 @@ def namespace(*arrays: Array) -> Any:
 
 def device(array: Array) -> Any:
     """Where an array lies, as its library says it."""
-    return "cpu" if isinstance(array, np.ndarray) else _shim().device(array)
+    # JAX's arrays under a transformation have none, which the shim knows; torch's compiler does not trace the shim.
+    return _shim().device(array) if namespace(array).__name__ == "jax.numpy" else array.device
 
 
 def _shim() -> ModuleType:
@@ -124,8 +125,8 @@ def multiplies_short(array: Array) -> bool:
 
 def integers(values: Sequence[int] | np.ndarray, like: Array) -> Array:
     """Whole numbers as an index array of the library and device of `like`."""
-    # torch takes only memory that it might write to.
-    host = np.require(values, np.int64, "W")
+    # A copy: torch takes only memory that it might write to.
+    host = np.array(values, np.int64)
     return namespace(like).asarray(host, device=device(like))
 
 

@@ -17,7 +17,7 @@ from peftarray.adapted_weight import adapted
 from peftarray.adapter import Adapter
 from peftarray.arrays import Array, namespace
 from peftarray.backend import backend_names, load_backend
-from peftarray.dropout import dropout
+from peftarray.draws import dropout
 from peftarray.errors import ConfigError, MatchError, NumberError, nearest
 from peftarray.formats.peft_config import read_config
 from peftarray.formats.peft_writer import load_adapters, save_adapters
@@ -148,7 +148,7 @@ class PeftModel:
         return self._weights(lambda adapter, base: adapted(adapter, base))
 
     def training_weights(self, key: Any) -> Any:
-        """The same with the method's dropout, drawn by a step's key (`peftarray.dropout.step_key`)."""
+        """The same with the method's dropout, drawn by a step's key (`peftarray.draws.step_key`)."""
 
         def weight(adapter: Adapter, base: Array) -> Any:
             stream = adapter.layer.name

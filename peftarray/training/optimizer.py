@@ -13,14 +13,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from peftarray import patterns, trees
 from peftarray.arrays import Array, namespace, stop_gradient, wide
 from peftarray.errors import ConfigError, nearest
 from peftarray.settings import Rule, check_settings, number, setting
 
-__all__ = ["At", "Group", "Optimizer", "Slots", "State", "lora_plus", "share", "unbiased"]
+__all__ = ["ArrayOptimizer", "At", "Group", "Optimizer", "Slots", "State", "lora_plus", "share", "unbiased"]
 
 State = dict[str, Any]
 """`{"step": steps done, "slots": {name: arrays of one parameter}}`; wrappers add what is theirs."""
@@ -81,9 +81,25 @@ class At(NamedTuple):
     decay: float
 
 
+class Optimizer(Protocol):
+    """What a training loop asks of an optimiser."""
+
+    compiles: ClassVar[bool]
+    """Whether a step can be compiled: it takes no decision on the host."""
+
+    def rate_at(self, step: Any) -> Any:
+        """The rate of a step, which counts from 1, before schedule and groups."""
+
+    def init(self, params: Any) -> State:
+        """The state before the first step."""
+
+    def step(self, params: Any, gradients: Any, state: State, *, factor: Any = 1.0) -> tuple[Any, State]:
+        """The parameters and the state after one more step, the rate multiplied by `factor`."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Optimizer(ABC):
-    """Settings of an optimiser, and its pure functions.
+class ArrayOptimizer(ABC):
+    """An optimiser that changes every array by itself.
 
     Attributes:
         weight_decay: how much of an array is taken off it at each step, times the rate.
@@ -91,7 +107,6 @@ class Optimizer(ABC):
     """
 
     compiles: ClassVar[bool] = True
-    """Whether a step can be compiled: it takes no decision on the host."""
 
     weight_decay: float = setting(0.0, number(0.0))
     groups: Sequence[Group] = ()
@@ -107,7 +122,7 @@ class Optimizer(ABC):
 
     @abstractmethod
     def rate_at(self, step: Any) -> Any:
-        """The rate of a step before schedule and groups."""
+        """The rate of a step, which counts from 1, before schedule and groups."""
 
     @abstractmethod
     def start(self, array: Array) -> dict[str, Array]:

@@ -13,7 +13,7 @@ from typing import Any
 from peftarray.arrays import Array, namespace
 from peftarray.errors import ConfigError
 from peftarray.settings import Rule, boolean, number, optional, setting
-from peftarray.training.optimizer import At, Optimizer, Slots, share, unbiased
+from peftarray.training.optimizer import ArrayOptimizer, At, Slots, share, unbiased
 
 __all__ = ["SGD", "Adafactor", "AdamW", "Lion"]
 
@@ -28,7 +28,7 @@ _sizes = Rule(
 
 
 @dataclass(frozen=True)
-class AdamW(Optimizer):
+class AdamW(ArrayOptimizer):
     """Adam with weight decay beside the gradient.
 
         m' = b1 m + (1 - b1) g,   v' = b2 v + (1 - b2) g^2
@@ -75,7 +75,7 @@ class AdamW(Optimizer):
 
 
 @dataclass(frozen=True)
-class SGD(Optimizer):
+class SGD(ArrayOptimizer):
     """Gradient descent, with momentum where it is asked for; the decay is part of the gradient.
 
         g' = g + decay p,   m' = momentum m + g'
@@ -125,7 +125,7 @@ class SGD(Optimizer):
 
 
 @dataclass(frozen=True)
-class Lion(Optimizer):
+class Lion(ArrayOptimizer):
     """The sign of a moving average: every entry moves by the rate.
 
         p' = (1 - lr decay) p - lr sign(b1 m + (1 - b1) g),   m' = b2 m + (1 - b2) g
@@ -161,7 +161,7 @@ class Lion(Optimizer):
 
 
 @dataclass(frozen=True)
-class Adafactor(Optimizer):
+class Adafactor(ArrayOptimizer):
     """Adam whose second moment of a matrix is kept as one number a row and one a column.
 
         b = 1 - t^decay_rate,   R' = b R + (1 - b) mean_columns(g^2 + eps1),   C' likewise of the rows

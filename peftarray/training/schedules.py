@@ -65,16 +65,26 @@ class Schedule:
         """
         total = self.total
         if total is None:
-            if self.needs_total or type(self.warmup) is float:
+            if self._depends_on_total:
                 message = f"{self.name} depends on the number of steps, and total is None; give total"
                 raise ConfigError(message)
             total = 0
         warmup = math.ceil(self.warmup * total) if type(self.warmup) is float else int(self.warmup)
         return step / warmup if step < warmup else self.curve(step, warmup, total)
 
+    def described(self) -> str:
+        """Everything that its factors follow from, as text."""
+        total = f", total {self.total}" if self._depends_on_total else ""
+        return f"{self.name}, warmup {self.warmup}{total}"
+
     def over(self, total: int | None) -> Schedule:
         """The same, for so many steps where it has no number of its own."""
-        return self if self.total is not None or total is None else replace(self, total=total)
+        fixed = not self._depends_on_total or self.total is not None or total is None
+        return self if fixed else replace(self, total=total)
+
+    @property
+    def _depends_on_total(self) -> bool:
+        return self.needs_total or type(self.warmup) is float
 
 
 def constant(*, warmup: int | float = 0, total: int | None = None) -> Schedule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from peftarray.dropout import KeyedDraws, dropout, step_key
+from peftarray.draws import KeyedDraws, dropout, step_key
 from peftarray.errors import ConfigError
 
 

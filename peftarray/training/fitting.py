@@ -1,0 +1,199 @@
+"""`fit`: training in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from peftarray.allocation import keep_freed_memory
+from peftarray.backend import backend_of, load_backend
+from peftarray.errors import ConfigError, OutputError
+from peftarray.gradients import Chosen
+from peftarray.settings import Rule, boolean, number, optional, whole
+from peftarray.training.batches import Source, length
+from peftarray.training.callbacks import Callback
+from peftarray.training.checkpoints import Checkpoints
+from peftarray.training.history import History
+from peftarray.training.loop import Loop
+from peftarray.training.optimizer import Optimizer
+from peftarray.training.optimizers import AdamW
+from peftarray.training.precision import Precision, precision_of
+from peftarray.training.progress import training_progress
+from peftarray.training.schedules import Schedule, constant
+from peftarray.training.step import Now, Recipe, Stepper
+
+__all__ = ["Trainable", "fit"]
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """What `fit` asks of a model that is not a tree of arrays.
+
+    Attributes:
+        params: the tree of arrays that training changes. `fit` reads it once, and sets it at its end, whatever that is.
+    """
+
+    params: Any
+
+    def with_params(self, params: Any) -> Any:
+        """The model with other arrays in that tree, as the loss gets it. They may be traced, so nothing is copied."""
+
+
+def fit(
+    model: Any,
+    loss: Callable[..., Any],
+    batches: Source,
+    *,
+    optimizer: Optimizer | None = None,
+    schedule: Schedule | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    precision: str | Precision = "fp32",
+    frozen: Collection[str] = (),
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    accumulate: int = 1,
+    seed: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    eval_batches: Iterable[Any] | None = None,
+    eval_every: int | None = None,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: int = 500,
+    resume: bool = True,
+    compile: bool | None = None,
+    progress: bool = True,
+) -> History:
+    """Train arrays until a loss is small.
+
+    Args:
+        model: a tree of arrays in nested dicts, lists and tuples, or a `Trainable`: an object with `params`, such a
+            tree, and `with_params(params)`, which gives the model with other arrays in it.
+        loss: `loss(params, batch)` gives one number; a `Trainable` is passed in place of `params`.
+        batches: what can be gone through again: a list, `Batches`, a data loader; or a function from the number of an
+            epoch to its batches, which must be the same each time it is asked.
+        optimizer: AdamW if None.
+        schedule: what the rate is multiplied by at each step; 1 if None.
+        steps: how often the parameters change; None for all of `epochs`.
+        epochs: how often all batches are gone through; one if neither is given. Whichever ends first ends the training.
+        precision: `"fp32"`, `"bf16"` or `"fp16"`: what `loss` is given its parameters and its batch in. Weights that it
+            brings along should be in the same. In fp16 the loss is scaled; a step whose gradients overflow is skipped.
+        frozen: names of arrays or branches of a tree that stay as they are.
+        clip_norm: the largest norm of all gradients together.
+        clip_value: the largest absolute value in them; applied first.
+        accumulate: batches whose mean gradient makes a step.
+        seed: if given, `loss(params, batch, key)` is called with a key for each batch, from which `dropout` draws.
+        callbacks: called after each step; a text that one returns ends the training.
+        eval_batches: batches of which the mean loss is recorded, without changing anything.
+        eval_every: steps from one evaluation to the next; each epoch if None. The last step is always followed by one.
+        checkpoint_dir: a folder for checkpoints. A training that was killed goes on from the newest, and makes the same
+            bytes as one that was not.
+        checkpoint_every: steps from one to the next. The last step is always followed by one.
+        resume: go on from the checkpoints in the folder; if False they must not be there.
+        compile: the loss and the step, by the library's compiler; None does so where it is the library's habit.
+        progress: show it on standard error.
+
+    Returns:
+        What happened, with the trained arrays as `params`. A `Trainable` has them too.
+
+    Raises:
+        ConfigError: an argument is not allowed, or a checkpoint is of another training.
+        NumberError: a loss or gradient is not finite. The model keeps the parameters of the step before.
+        OutputError: a checkpoint cannot be written, or is there and `resume` is False.
+
+    Example:
+        >>> import numpy as np
+        >>> def loss(params, batch):
+        ...     return np.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
+        >>> batches = [{"x": np.eye(2), "y": np.asarray([1.0, 2.0])}]
+        >>> history = fit({"w": np.zeros(2)}, loss, batches, optimizer=AdamW(0.1), steps=500, progress=False)
+        >>> history.params["w"].round(2).tolist()
+        [1.0, 2.0]
+    """
+    _check("steps epochs eval_every", optional(whole(1)), steps, epochs, eval_every)
+    _check("accumulate checkpoint_every", whole(1), accumulate, checkpoint_every)
+    _check("clip_norm clip_value", optional(_above_zero), clip_norm, clip_value)
+    _check("seed", optional(_integer), seed)
+    _check("resume progress", boolean, resume, progress)
+    _check("compile", optional(boolean), compile)
+    is_tree = isinstance(model, (Mapping, list, tuple))
+    if not is_tree and not isinstance(model, Trainable):
+        message = f"model is a {type(model).__name__}; give a tree of arrays, or an object with params and with_params"
+        raise ConfigError(message)
+    epochs = 1 if steps is None and epochs is None else epochs
+    total = _total(batches, steps, epochs, accumulate)
+    chosen = Chosen(model if is_tree else model.params, frozen)
+    recipe = Recipe(
+        optimizer=AdamW() if optimizer is None else optimizer,
+        schedule=(constant() if schedule is None else schedule).over(total),
+        precision=precision_of(precision),
+        clip_norm=clip_norm,
+        clip_value=clip_value,
+        accumulate=accumulate,
+        seed=seed,
+    )
+    recipe.schedule(0)  # which says if it lacks the number of steps
+    recipe.precision.check(chosen.arrays[0])
+    backend = load_backend(backend_of(*chosen.arrays))
+    of_tree = loss if is_tree else lambda params, *others: loss(model.with_params(params), *others)
+    stepper = Stepper(of_tree, chosen, recipe, backend, backend.COMPILES if compile is None else compile)
+    start = stepper.start()
+    checkpoints = None if checkpoint_dir is None else Checkpoints(checkpoint_dir, _setup(recipe, start))
+    loop = Loop(
+        stepper=stepper,
+        recipe=recipe,
+        batches=batches,
+        steps=steps,
+        epochs=epochs,
+        eval_batches=eval_batches,
+        eval_every=eval_every,
+        callbacks=callbacks,
+        checkpoints=checkpoints,
+        checkpoint_every=checkpoint_every,
+        now=start,
+    )
+    keep_freed_memory()
+    with nullcontext() if checkpoints is None else checkpoints.locked():
+        if checkpoints is not None and checkpoints.files():
+            if not resume:
+                message = f"checkpoint_dir {checkpoint_dir} holds a training; remove it, give another, or resume"
+                raise OutputError(message)
+            loop.restore(checkpoints.load(), backend)
+        try:
+            with training_progress(progress, loop.now.step, total) as reporter:
+                loop.run(reporter)
+        finally:
+            history = loop.history
+            history.params, history.state = stepper.tree(loop.now.trained), loop.now.state
+            if not is_tree:
+                model.params = history.params
+    return history
+
+
+_above_zero = Rule(lambda value: number(0.0).allows(value) and value > 0, "a finite number above 0")
+_integer = Rule(lambda value: type(value) is int, "a whole number")
+
+
+def _check(names: str, rule: Rule, *values: object) -> None:
+    for name, value in zip(names.split(), values, strict=True):
+        if not rule.allows(value):
+            message = f"{name} of fit is {value!r}; it must be {rule.words}"
+            raise ConfigError(message)
+
+
+def _total(batches: Source, steps: int | None, epochs: int | None, accumulate: int) -> int | None:
+    """How many steps the training has in all, where that is known."""
+    count = length(batches)
+    if count == 0:
+        message = "batches has none; give at least one"
+        raise ConfigError(message)
+    of_epochs = None if epochs is None or count is None else epochs * -(-count // accumulate)
+    known = [number for number in (steps, of_epochs) if number is not None]
+    return min(known) if known else None
+
+
+def _setup(recipe: Recipe, start: Now) -> dict[str, Any]:
+    """What must be the same for a training to go on from a checkpoint."""
+    arrays = {name: [str(array.dtype).rpartition(".")[2], *array.shape] for name, array in start.trained.items()}
+    return recipe.described() | {"arrays": arrays}
