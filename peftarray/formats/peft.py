@@ -86,6 +86,7 @@ def read(
     ]
     adapted = {piece.tensor for site in sites for piece in site.pieces}
     absent = _absent_targets(config, names, alignment, adapted, {module for module, _ in found.methods})
+    absent += _absent_values(config, names, alignment, found)
     if (found.leftover or absent) and not allow_unmatched:
         raise _unmatched(folder, found.leftover, absent, names, alignment, len(tensors), base)
     if found.leftover or absent:
@@ -374,6 +375,18 @@ def _absent_targets(
     return [path for path in map(alignment.to_adapter, without) if is_targeted(path, config)]
 
 
+def _absent_values(config: AdapterConfig, names: BaseNames, alignment: Alignment, found: _Sorted) -> list[str]:
+    """What the configuration says the file holds besides the method's arrays, where it holds none of it."""
+    absent = []
+    if config.modules_to_save and not found.replace:
+        # PEFT adds the names of heads that a model may have; those that this base lacks say nothing.
+        absent += sorted(m for m in names.modules if is_saved(alignment.to_adapter(m), config))
+    embedding = names.input_embedding()
+    if embedding and not found.tokens and config.token_rows(alignment.to_adapter(embedding), is_input=True):
+        absent.append(f"{embedding} (trainable_token_indices)")
+    return absent
+
+
 def _unmatched(
     folder: Path,
     leftover: list[str],
@@ -391,7 +404,7 @@ def _unmatched(
         )
     else:
         what = (
-            f"the adapter has nothing for {len(absent)} modules of {base.path} that its configuration targets, "
+            f"the adapter has nothing for {len(absent)} modules of {base.path} that its configuration names, "
             f"the first is {absent[0]}"
         )
     return MatchError(f"{folder}: {what}; use the base that it was trained on, or allow it (--allow-unmatched)")

@@ -152,6 +152,18 @@ def test_configuration_that_disagrees_with_the_file(refused, field, words):
     refused(*words, config=lora_config(**field))
 
 
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ({"modules_to_save": ["lm_head", "score"]}, ("nothing for 1 modules", "the first is lm_head")),
+        ({"trainable_token_indices": [1, 2]}, ("nothing for 1 modules", "embed_tokens (trainable_token_indices)")),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_configuration_that_promises_values_the_file_lacks(refused, field, words):
+    refused(*words, config=lora_config(**field))
+
+
 @pytest.mark.parametrize("kind", ["TELEPATHY", "lora", "", None, 5, ["LORA"], {"LORA": 1}, True])
 def test_unknown_method(refused, kind):
     refused("adapter_config.json", "peft_type is", "known are ADALORA, BOFT", config=lora_config(peft_type=kind))
