@@ -48,6 +48,14 @@ if TYPE_CHECKING:
     from peftarray.methods import OFTConfig as OFTConfig
     from peftarray.methods import TrainableTokensConfig as TrainableTokensConfig
     from peftarray.methods import VeraConfig as VeraConfig
+    from peftarray.prompted import PromptModel as PromptModel
+    from peftarray.prompts import PROMPTS as PROMPTS
+    from peftarray.prompts import AdaptionPromptConfig as AdaptionPromptConfig
+    from peftarray.prompts import CPTConfig as CPTConfig
+    from peftarray.prompts import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+    from peftarray.prompts import PrefixTuningConfig as PrefixTuningConfig
+    from peftarray.prompts import PromptEncoderConfig as PromptEncoderConfig
+    from peftarray.prompts import PromptTuningConfig as PromptTuningConfig
     from peftarray.training import SGD as SGD
     from peftarray.training import Adafactor as Adafactor
     from peftarray.training import AdaLoraBudget as AdaLoraBudget
@@ -89,6 +97,9 @@ _HOMES = {
     "method": "AdapterConfig Additive LowRank Param Transform",
     "methods": "METHODS AdaLoraConfig BOFTConfig IA3Config LoHaConfig LoKrConfig LoraConfig OFTConfig"
     " TrainableTokensConfig VeraConfig",
+    "prompted": "PromptModel",
+    "prompts": "PROMPTS AdaptionPromptConfig CPTConfig MultitaskPromptTuningConfig PrefixTuningConfig"
+    " PromptEncoderConfig PromptTuningConfig",
     "training": "SGD Adafactor AdaLoraBudget AdamW Batches Group History Lion LossScale Moment Precision Schedule"
     " Trainable clip_by_norm clip_by_value constant cosine cosine_with_restarts early_stopping fit"
     " inverse_sqrt linear lora_plus one_cycle orthogonality_penalty polynomial",

@@ -21,8 +21,11 @@ from peftarray.draws import dropout
 from peftarray.errors import ConfigError, MatchError, NumberError, nearest
 from peftarray.formats.peft_config import read_config
 from peftarray.formats.peft_writer import load_adapters, save_adapters
+from peftarray.formats.prompts import holds_prompt
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
+from peftarray.prompted import PromptModel
+from peftarray.prompts import Prompt
 from peftarray.sites import (
     TOKENS,
     Site,
@@ -35,6 +38,7 @@ from peftarray.sites import (
     start_tokens,
     with_heads,
 )
+from peftarray.summary import trainable_summary
 from peftarray.targets import ends_with, is_saved
 
 __all__ = ["PeftModel", "get_peft_model", "trainable_summary"]
@@ -42,7 +46,7 @@ __all__ = ["PeftModel", "get_peft_model", "trainable_summary"]
 
 def get_peft_model(
     model: Any,
-    config: AdapterConfig,
+    config: AdapterConfig | Prompt,
     *,
     seed: int = 0,
     adapter_name: str = "default",
@@ -53,13 +57,13 @@ def get_peft_model(
     Args:
         model: a mapping of names to arrays, or nested ones (as JAX and Flax have them), with any function that uses
             them; an object with such `weights`, as those of `peftarray.models`; or a `torch.nn.Module`.
-        config: the method, with `target_modules`.
+        config: the method, with `target_modules`; or a soft prompt, for a model of `peftarray.models`.
         seed: the same seed gives the same adapter on every library.
         adapter_name: what the adapter is called.
         layers: module's name -> its layer, for what a mapping does not say; see `peftarray.sites.find_sites`.
 
     Returns:
-        A `PeftModel`; for a torch module, a module that is used like it, with PEFT's names.
+        A `PeftModel`, or a `PromptModel`; for a torch module, a module that is used like it, with PEFT's names.
 
     Raises:
         PeftError: of the kind that fits; see `peftarray.errors`.
@@ -74,6 +78,8 @@ def get_peft_model(
         >>> (np.ones((1, 4), np.float32) @ model.weights["up.weight"].T).shape
         (1, 8)
     """
+    if isinstance(config, Prompt):
+        return PromptModel.create(model, config, seed=seed)
     check_training(config)
     tree = _weights_of(model)
     if tree is None:
@@ -281,6 +287,8 @@ class PeftModel:
         Raises:
             PeftError: of the kind that fits; see `peftarray.errors`.
         """
+        if holds_prompt(folder):
+            return PromptModel.from_pretrained(model, folder, is_trainable=is_trainable)
         tree = _weights_of(model)
         if tree is None:
             return _backend_of_module(model).load_module(
@@ -340,12 +348,6 @@ class PeftModel:
 
     def _with(self, changed: AdapterSet) -> PeftModel:
         return replace(self, sets={**self.sets, self.active_adapter: changed})
-
-
-def trainable_summary(trainable: int, total: int) -> str:
-    """PEFT's words for how many numbers training changes."""
-    share = 100 * trainable / total if total else 0.0
-    return f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
 
 
 def _weights_of(model: Any) -> Any:

@@ -10,12 +10,15 @@ from typing import Any
 from peftarray.errors import ConfigError, UnsupportedError, nearest
 from peftarray.method import AdapterConfig
 from peftarray.methods import METHODS
+from peftarray.prompts.prompt import Prompt
 from peftarray.stores.json_file import read_json
 
-__all__ = ["config_from_dict", "config_to_dict", "read_config"]
+__all__ = ["config_from_dict", "config_to_dict", "known_values", "read_config"]
 
 # The release of PEFT whose layout and formulas these are.
 _PEFT_VERSION = "0.21.2"
+# Fields of this package's base class that some of PEFT's classes lack; PEFT warns of those that it does not know.
+_NOT_IN_ALL = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
 # Fields of PEFT's that concern neither the weights nor where they go.
 _INERT = frozenset({"peft_type", "runtime_config", "custom_modules", "modules_to_tie", "target_modules_to_tie"})
 # PEFT 0.21's types that are known to have no merged weight, with the reason.
@@ -75,6 +78,15 @@ def config_from_dict(
         message = f"{where}: peft_type is {str(kind)[:80]!r}; known are {', '.join(sorted(METHODS))}"
         raise ConfigError(message)
     method = method or METHODS[str(kind)]
+    return method(**known_values(method, data, where, allow_unknown=allow_unknown))
+
+
+def known_values(method: type[Any], data: Mapping[str, Any], where: str, *, allow_unknown: bool) -> dict[str, Any]:
+    """What a JSON object says of the fields of a dataclass; arguments as for `config_from_dict`.
+
+    Raises:
+        ConfigError: it sets a field that is unknown.
+    """
     known = {field.name for field in dataclasses.fields(method)}
     unknown = [name for name, value in data.items() if name not in known | _INERT and _is_set(value)]
     if unknown and not allow_unknown:
@@ -89,10 +101,10 @@ def config_from_dict(
         # PEFT writes null where older releases wrote {}.
         if name in values and values[name] is None:
             del values[name]
-    return method(**values)
+    return values
 
 
-def config_to_dict(config: AdapterConfig) -> dict[str, Any]:
+def config_to_dict(config: AdapterConfig | Prompt) -> dict[str, Any]:
     """The JSON object that describes a configuration: the inverse of `config_from_dict`.
 
     Example:
@@ -100,7 +112,9 @@ def config_to_dict(config: AdapterConfig) -> dict[str, Any]:
         >>> config_to_dict(LoraConfig(r=4))["peft_type"]
         'LORA'
     """
-    values = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    own = [field.name for field in dataclasses.fields(config) if not field.metadata.get("derived")]
+    values = {name: _plain(getattr(config, name)) for name in own}
+    values = {name: value for name, value in values.items() if value is not None or name not in _NOT_IN_ALL}
     # PEFT reads a missing version as its oldest, and gives OFT's older formula a warning.
     version = config.peft_version or _PEFT_VERSION
     return values | {"peft_type": config.peft_type, "peft_version": version}

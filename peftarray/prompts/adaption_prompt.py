@@ -14,14 +14,16 @@ from peftarray.arrays import Array, Params, namespace
 from peftarray.autodiff.fused import attention
 from peftarray.errors import ConfigError
 from peftarray.method import Param
+from peftarray.method_dropout import Drop
 from peftarray.prompts.host import Host
-from peftarray.prompts.prompt import Prompt
+from peftarray.prompts.prompt import Prompt, without_tasks
 from peftarray.random import normal, zeros
 from peftarray.settings import optional, setting, text, whole
 
 __all__ = ["GATE", "PROMPT", "AdaptionPromptConfig", "gated_attention"]
 
 PROMPT, GATE = "adaption_prompt", "adaption_gate"
+_PREFIX = "base_model.model."
 _ATTENTION = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}
 """The attention module in the layers of the models that PEFT knows."""
 
@@ -91,11 +93,13 @@ class AdaptionPromptConfig(Prompt):
             raise ConfigError(message)
         table = {}
         for module in self.modules:
-            table[f"{module}.{GATE}"] = Param("one", (1,), init=zeros)
-            table[f"{module}.{PROMPT}"] = Param("one token dim", (1, self.adapter_len, self.width), init=normal)
+            table[f"{module}.{GATE}"] = Param("one", (1,), init=zeros, disk=f"{_PREFIX}{module}.{GATE}")
+            shape = (1, self.adapter_len, self.width)
+            table[f"{module}.{PROMPT}"] = Param("one token dim", shape, init=normal, disk=f"{_PREFIX}{module}.{PROMPT}")
         return table
 
-    def weights(self, p: Params) -> dict[str, Array]:
+    def weights(self, p: Params, *, task_ids: Array | None = None, drop: Drop | None = None) -> dict[str, Array]:
+        without_tasks(self, task_ids)
         return dict(p)
 
 

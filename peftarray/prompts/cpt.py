@@ -16,6 +16,7 @@ import numpy as np
 from peftarray.arrays import Array, Params, constant, namespace, stop_gradient
 from peftarray.errors import ConfigError
 from peftarray.method import Param
+from peftarray.method_dropout import Drop
 from peftarray.prompts.prompt import EMBEDDINGS, TokenPrompt, words
 from peftarray.random import zeros
 from peftarray.settings import Rule, number, one_of, setting, text, whole
@@ -102,7 +103,7 @@ class CPTConfig(TokenPrompt):
         assert self.cpt_token_ids is not None
         return {_BASE: words(embedding, self.cpt_token_ids, "CPTConfig")}
 
-    def tokens(self, p: Params) -> Array:
+    def tokens(self, p: Params, *, drop: Drop | None = None) -> Array:
         if EMBEDDINGS in p:
             return p[EMBEDDINGS]
         move = p[_MOVE]

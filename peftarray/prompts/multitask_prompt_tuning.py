@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from peftarray.arrays import Array, Params, constant, namespace, to_host, wide
 from peftarray.errors import ConfigError, ShapeError
 from peftarray.method import Param
+from peftarray.method_dropout import Drop
 from peftarray.prompts.prompt import EMBEDDINGS, TokenPrompt
 from peftarray.prompts.prompt_tuning import check_text, options, text_rows
 from peftarray.random import normal, normal_of
@@ -77,8 +78,11 @@ class MultitaskPromptTuningConfig(TokenPrompt):
     def to_store(self, p: Params) -> dict[str, Array]:
         return {name: p[name] for name in self.params()}
 
-    def tokens(self, p: Params) -> Array:
+    def tokens(self, p: Params, *, drop: Drop | None = None) -> Array:
         return p[EMBEDDINGS] * (p[_COLUMNS] @ p[_ROWS])
+
+    def source_file(self) -> str | None:
+        return self.prompt_tuning_init_state_dict_path if self.prompt_tuning_init in _FROM_SOURCE else None
 
     def derive(
         self, like: Array, *, seed: int, embedding: Array | None, token_ids: Sequence[int] | None, source: Params | None

@@ -71,13 +71,7 @@ class PromptEncoderConfig(TokenPrompt):
         table |= linear_params("mlp_head.0", dim, hidden) | linear_params("mlp_head.2", hidden, hidden)
         return table | linear_params("mlp_head.4", hidden, dim)
 
-    def tokens(self, p: Params, drop: Drop | None = None) -> Array:
-        """The rows `(total, token_dim)`.
-
-        Args:
-            p: trained arrays, or stored ones.
-            drop: while training, what the dropout between the LSTM's layers draws by.
-        """
+    def tokens(self, p: Params, *, drop: Drop | None = None) -> Array:
         if EMBEDDINGS in p:
             return p[EMBEDDINGS]
         if self.encoder_reparameterization_type == "LSTM":

@@ -13,9 +13,10 @@ from typing import ClassVar, Self
 from peftarray.arrays import Array, Params, namespace
 from peftarray.errors import ConfigError
 from peftarray.method import Param
+from peftarray.method_dropout import Drop
 from peftarray.prompts.encoders import linear, linear_params
 from peftarray.prompts.host import Host
-from peftarray.prompts.prompt import EMBEDDINGS, KEY_VALUES, VirtualTokens
+from peftarray.prompts.prompt import EMBEDDINGS, KEY_VALUES, VirtualTokens, without_tasks
 from peftarray.random import normal, zeros
 from peftarray.settings import boolean, one_of, optional, setting, whole
 
@@ -80,7 +81,8 @@ class PrefixTuningConfig(VirtualTokens):
     def to_store(self, p: Params) -> dict[str, Array]:
         return {EMBEDDINGS: self.rows(p)}
 
-    def weights(self, p: Params) -> dict[str, Array]:
+    def weights(self, p: Params, *, task_ids: Array | None = None, drop: Drop | None = None) -> dict[str, Array]:
+        without_tasks(self, task_ids)
         return {KEY_VALUES: self.stacked(p)}
 
     def rows(self, p: Params) -> Array:

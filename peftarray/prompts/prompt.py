@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self
 from peftarray.arrays import Array, Params, constant, integers, namespace, wide
 from peftarray.errors import ConfigError, MatchError, ShapeError, nearest
 from peftarray.method import Param
+from peftarray.method_dropout import Drop
 from peftarray.prompts.host import Host
 from peftarray.settings import boolean, check_settings, name_list, one_of, optional, setting, text, whole
 
@@ -60,8 +61,17 @@ class Prompt(ABC):
         """
 
     @abstractmethod
-    def weights(self, p: Params) -> dict[str, Array]:
-        """What a model reads beside its weights, of trained arrays or of stored ones; differentiable."""
+    def weights(self, p: Params, *, task_ids: Array | None = None, drop: Drop | None = None) -> dict[str, Array]:
+        """What a model reads beside its weights; differentiable.
+
+        Args:
+            p: trained arrays, or stored ones.
+            task_ids: the task of each text, `(batch,)`, for a prompt that has several.
+            drop: while training, what the prompt's dropout draws by.
+
+        Raises:
+            ConfigError: the prompt needs tasks, or has none.
+        """
 
     def stored(self) -> dict[str, Param]:
         """The table of what a file holds."""
@@ -74,6 +84,10 @@ class Prompt(ABC):
     def for_model(self, host: Host) -> Self:
         """The same prompt with the sizes of a model where it has none."""
         return self
+
+    def source_file(self) -> str | None:
+        """The file of a trained prompt that this one starts from."""
+        return None
 
     def derive(
         self, like: Array, *, seed: int, embedding: Array | None, token_ids: Sequence[int] | None, source: Params | None
@@ -202,17 +216,37 @@ class TokenPrompt(VirtualTokens):
     """Virtual tokens as rows that stand before the embedded tokens of a text."""
 
     @abstractmethod
-    def tokens(self, p: Params) -> Array:
-        """The rows `(total, token_dim)`, or `(tasks, total, token_dim)`."""
+    def tokens(self, p: Params, *, drop: Drop | None = None) -> Array:
+        """The rows `(total, token_dim)`, or `(tasks, total, token_dim)`; arguments as for `weights`."""
 
-    def weights(self, p: Params) -> dict[str, Array]:
-        return {TOKENS: self.tokens(p)}
+    def weights(self, p: Params, *, task_ids: Array | None = None, drop: Drop | None = None) -> dict[str, Array]:
+        rows = self.tokens(p, drop=drop)
+        if rows.ndim == 2:
+            without_tasks(self, task_ids)
+            return {TOKENS: rows}
+        if task_ids is None:
+            message = f"{type(self).__name__} has a prompt for each of {rows.shape[0]} tasks; give task_ids, one a text"
+            raise ConfigError(message)
+        if isinstance(task_ids, (list, tuple)):
+            task_ids = integers(task_ids, rows)
+        return {TOKENS: namespace(rows, task_ids).take(rows, task_ids, axis=0)}
 
     def stored(self) -> dict[str, Param]:
         return {EMBEDDINGS: Param("token dim", (self.total, self.size("token_dim")))}
 
     def to_store(self, p: Params) -> dict[str, Array]:
         return {EMBEDDINGS: self.tokens(p)}
+
+
+def without_tasks(config: Prompt, task_ids: Array | None) -> None:
+    """Refuse tasks where there is one prompt for all texts.
+
+    Raises:
+        ConfigError: some are given.
+    """
+    if task_ids is not None:
+        message = f"{type(config).__name__} has one prompt for all texts; leave task_ids out"
+        raise ConfigError(message)
 
 
 def sizes(row: Param) -> tuple[int, ...]:

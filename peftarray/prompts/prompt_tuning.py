@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from peftarray.arrays import Array, Params
 from peftarray.errors import ConfigError
 from peftarray.method import Param
+from peftarray.method_dropout import Drop
 from peftarray.prompts.prompt import EMBEDDINGS, TokenPrompt, words
 from peftarray.random import normal, uniform
 from peftarray.settings import Rule, one_of, setting, text
@@ -56,7 +57,7 @@ class PromptTuningConfig(TokenPrompt):
     def params(self) -> dict[str, Param]:
         return {EMBEDDINGS: Param("token dim", (self.total, self.size("token_dim")), init=normal)}
 
-    def tokens(self, p: Params) -> Array:
+    def tokens(self, p: Params, *, drop: Drop | None = None) -> Array:
         return p[EMBEDDINGS]
 
     def derive(

@@ -1,0 +1,124 @@
+"""Soft prompts written as Hugging Face PEFT saves them, and read back.
+
+The folder is that of other adapters. Virtual tokens stand in it under the names of the prompt's table, without a
+prefix; what an encoder made is saved, and the encoder is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from peftarray.arrays import Array, Params, constant, to_host, wide
+from peftarray.errors import ConfigError, MatchError
+from peftarray.formats.folder import write_folder
+from peftarray.formats.peft import open_weights
+from peftarray.formats.peft_config import config_to_dict, known_values
+from peftarray.prompts import PROMPTS, Host, Prompt
+from peftarray.stores.checkpoint import Checkpoint
+from peftarray.stores.json_file import read_json
+
+__all__ = ["SavedPrompt", "holds_prompt", "load_prompt", "save_prompt", "source_prompt"]
+
+
+@dataclass(frozen=True, eq=False)
+class SavedPrompt:
+    """What a folder holds.
+
+    Attributes:
+        config: the prompt.
+        params: its stored arrays.
+    """
+
+    config: Prompt
+    params: Mapping[str, Array]
+
+
+def holds_prompt(folder: str | Path) -> bool:
+    """Whether the configuration in a folder is that of a soft prompt."""
+    file = Path(folder) / "adapter_config.json"
+    return file.is_file() and read_json(file).get("peft_type") in PROMPTS
+
+
+def save_prompt(folder: str | Path, config: Prompt, params: Params) -> None:
+    """Write a prompt to a folder in PEFT's layout: PEFT, and `load_prompt`, read it.
+
+    Args:
+        folder: made if it does not exist; a prompt that is there is replaced.
+        config: with its sizes.
+        params: trained arrays or stored ones, of any library.
+
+    Raises:
+        MatchError, ShapeError: the arrays are not those of the configuration.
+        OutputError: the folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from peftarray.prompts import PromptTuningConfig
+        >>> config = PromptTuningConfig(num_virtual_tokens=2, token_dim=3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_prompt(folder, config, config.init_params(np.ones(1, np.float32)))
+        ...     load_prompt(folder).params["prompt_embeddings"].shape
+        (2, 3)
+    """
+    stored = {name: to_host(array) for name, array in config.to_store(params).items()}
+    config.check_shapes({name: values.shape for name, values in stored.items()}, str(folder))
+    disk = {name: row.disk or name for name, row in config.stored().items()}
+    written = config_to_dict(config) | {"inference_mode": True}
+    write_folder(Path(folder), written, {disk[name]: values for name, values in stored.items()})
+
+
+def load_prompt(
+    folder: str | Path, *, host: Host | None = None, like: Array | None = None, allow_unknown: bool = False
+) -> SavedPrompt:
+    """The prompt in a folder that PEFT or `save_prompt` wrote.
+
+    Args:
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+        host: the model that it is for; without it the folder must say all sizes, which it does but for LLaMA-Adapter.
+        like: an array of the model: the prompt's get its library, device and dtype, at least float32. NumPy's if None.
+        allow_unknown: pass over fields of the configuration that are not known here.
+
+    Raises:
+        PeftError: of the kind that fits; see `peftarray.errors`.
+    """
+    place = Path(folder)
+    config = _read_config(place, allow_unknown)
+    if host is not None:
+        config = config.for_model(host)
+    tensors = open_weights(place)
+    here = {row.disk or name: name for name, row in config.stored().items()}
+    left = [key for key in tensors if key not in here]
+    if left:
+        message = (
+            f"{place}: {left[0]} is no array of {type(config).__name__} with this configuration, whose are "
+            f"{', '.join(list(here)[:4])}; modules trained whole beside a prompt are not supported"
+        )
+        raise MatchError(message)
+    config.check_shapes({name: tensors[key].shape for key, name in here.items() if key in tensors}, str(place))
+    return SavedPrompt(config, {name: _beside(tensors.read(key), like) for key, name in here.items()})
+
+
+def source_prompt(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of a `.safetensors` file, for a prompt that starts from a trained one."""
+    tensors = Checkpoint.open(path)
+    return {name: tensors.read(name) for name in tensors}
+
+
+def _read_config(folder: Path, allow_unknown: bool) -> Prompt:
+    file = folder / "adapter_config.json"
+    data = read_json(file) if file.is_file() else {}
+    kind = data.get("peft_type")
+    if kind not in PROMPTS:
+        message = (
+            f"{file}: peft_type is {str(kind)[:80]!r}; the soft prompts known here are {', '.join(sorted(PROMPTS))}"
+        )
+        raise ConfigError(message)
+    return PROMPTS[kind](**known_values(PROMPTS[kind], data, str(file), allow_unknown=allow_unknown))
+
+
+def _beside(values: np.ndarray, like: Array | None) -> Array:
+    return values if like is None else constant(values, wide(like))
