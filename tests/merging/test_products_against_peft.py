@@ -47,13 +47,13 @@ def patterns(draw: st.DrawFn, name: str, values: st.SearchStrategy[Any]) -> dict
 
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("method", [loha, lokr], ids=["loha", "lokr"])
-@settings(max_examples=50, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_product_merges_to_what_peft_merges(bases, name: str, method: ModuleType, data: st.DataObject):
     base = bases(name, sharded=data.draw(st.booleans(), label="sharded"))
     chosen = method.kwargs(data.draw, "conv2d") | {
         "target_modules": data.draw(ends(name)),
-        "rank_pattern": data.draw(patterns(name, st.integers(1, 5))),
+        "rank_pattern": data.draw(patterns(name, st.integers(2, 5))),
         "alpha_pattern": data.draw(patterns(name, st.sampled_from([0.5, 2, 7]))),
     }
     half = data.draw(st.sampled_from([None, None, "bfloat16", "float16"]), label="stored in")
