@@ -18,9 +18,10 @@ __all__ = ["COMPILES", "checkpoint", "from_host", "jit", "to_host", "value_and_g
 COMPILES = False
 
 
-def from_host(array: np.ndarray, *, device: str | None = None) -> Any:
+def from_host(array: np.ndarray, *, device: str | array_api_strict.Device | None = None) -> Any:
     """An array with the values of `array` on one of the devices `"CPU_DEVICE"`, `"device1"` and `"device2"`."""
-    return array_api_strict.asarray(array, device=array_api_strict.Device(device or "device1"), copy=True)
+    place = device if isinstance(device, array_api_strict.Device) else array_api_strict.Device(device or "device1")
+    return array_api_strict.asarray(array, device=place, copy=True)
 
 
 def to_host(array: Any) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import wraps
 from typing import Any, Literal
 
 import jax
@@ -57,7 +58,7 @@ def value_and_grad(
         value, gradients = jax.value_and_grad(of_chosen, has_aux=has_aux)(chosen.arrays)
         return value, chosen.gradients(gradients)
 
-    function = jax.jit(run) if compiled else run
+    function = jit(run) if compiled else run
 
     def in_order(params: Any, *others: Any, **options: Any) -> tuple[Any, Any]:
         tree = trees.refill(params, trees.leaves(params))  # of plain dicts, whatever mappings it came in
@@ -74,8 +75,35 @@ def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled; what it takes must be arrays and numbers."""
-    return jax.jit(function)
+    """`function` compiled; what it takes must be arrays and numbers.
+
+    Arrays that it reads from around it are handed to the program as well. JAX would write them into it: a model's
+    weights, several times over.
+    """
+    programs: dict[Any, Callable[..., Any]] = {}
+
+    @wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        given, form = jax.tree.flatten((arguments, options))
+        if any(isinstance(array, jax.core.Tracer) for array in given):  # it is part of another program
+            return function(*arguments, **options)
+        kind = form, tuple(map(jax.typeof, given))
+        if kind not in programs:
+            programs[kind] = _program(function, given, form)
+        return programs[kind](given)
+
+    return run
+
+
+def _program(function: Callable[..., Any], given: list[Any], form: Any) -> Callable[[list[Any]], Any]:
+    def flat(*leaves: Any) -> Any:
+        arguments, options = jax.tree.unflatten(form, leaves)
+        return function(*arguments, **options)
+
+    traced, shapes = jax.make_jaxpr(flat, return_shape=True)(*given)
+    program = jax.jit(lambda around, leaves: core.jaxpr_as_fun(core.ClosedJaxpr(traced.jaxpr, around))(*leaves))
+    result = jax.tree.structure(shapes)
+    return lambda leaves: jax.tree.unflatten(result, program(traced.consts, leaves))
 
 
 def _used(traced: core.ClosedJaxpr) -> list[bool]:
