@@ -6,16 +6,19 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftarray.arrays import Array
+from peftarray.arrays import Array, namespace
 from peftarray.draws import dropout
 from peftarray.errors import ConfigError, MatchError, UnsupportedError, nearest
 from peftarray.formats.prompts import load_prompt, save_prompt, source_prompt
-from peftarray.prompts import Host, Prompt
+from peftarray.method_dropout import Drop
+from peftarray.prompts import Host, Prompt, VirtualTokens
+from peftarray.sites import saved_modules, with_heads
 from peftarray.summary import trainable_summary
+from peftarray.targets import is_saved
 
 __all__ = ["PromptModel"]
 
@@ -28,6 +31,7 @@ class PromptModel:
         base: the model.
         config: the prompt, with the model's sizes.
         arrays: the prompt's arrays: trained ones, or those of a file.
+        whole: tensor of the model -> the array that takes its place (`modules_to_save`).
         trainable: whether training changes them.
         task_ids: the task of each text, for a prompt that has several; see `for_tasks`.
 
@@ -43,10 +47,17 @@ class PromptModel:
     base: Any
     config: Prompt
     arrays: Mapping[str, Array]
+    whole: Mapping[str, Array] = field(default_factory=dict)
     trainable: bool = True
     task_ids: Any = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.config, VirtualTokens) and self.config.submodules != 1:
+            message = (
+                f"{self.config.peft_type} with {self.config.submodules} submodules (task_type "
+                f"{self.config.task_type}) is for an encoder with a decoder, and {type(self.base).__name__} is neither"
+            )
+            raise UnsupportedError(message)
         task = [0] if self.task_ids is None and "prefix_task_cols" in self.arrays else self.task_ids
         for name in self.config.weights(self.arrays, task_ids=task):
             if not self.base.reads(name):
@@ -75,14 +86,15 @@ class PromptModel:
         file = config.source_file()
         source = source_prompt(file) if file else None
         arrays = config.init_params(embedding, seed=seed, embedding=embedding, token_ids=token_ids, source=source)
-        return cls(model, config, arrays)
+        config, whole = _with_whole(model, config)
+        return cls(model, config, arrays, whole)
 
     # The weights.
 
     @property
     def weights(self) -> dict[str, Array]:
         """The model's weights and, under names of its own, what it reads of the prompt."""
-        return dict(self.base.weights) | self.config.weights(self.arrays, task_ids=self.task_ids)
+        return self._weights(None)
 
     def training_weights(self, key: Any) -> dict[str, Array]:
         """The same with the prompt's dropout, drawn by a step's key (`peftarray.draws.step_key`)."""
@@ -91,7 +103,7 @@ class PromptModel:
         def drop(x: Array, share: float) -> Array:
             return dropout(x, share, key, stream=f"prompt/{next(places)}")
 
-        return dict(self.base.weights) | self.config.weights(self.arrays, task_ids=self.task_ids, drop=drop)
+        return self._weights(drop)
 
     def for_tasks(self, task_ids: Any) -> PromptModel:
         """The same model for texts of these tasks, `(batch,)`: a list, or an array of the model's library."""
@@ -117,11 +129,13 @@ class PromptModel:
         """Name -> array of what training changes. They may be set, all or some."""
         if not self.trainable:
             return {}
-        return {name: self.arrays[name] for name, row in self.config.params().items() if not row.frozen}
+        own = {name: self.arrays[name] for name, row in self.config.params().items() if not row.frozen}
+        return own | dict(self.whole)
 
     @params.setter
     def params(self, params: Mapping[str, Array]) -> None:
-        self.arrays = self.with_params(params).arrays
+        changed = self.with_params(params)
+        self.arrays, self.whole = changed.arrays, changed.whole
 
     def with_params(self, params: Mapping[str, Array]) -> PromptModel:
         """The same model with these in place of arrays of the same names among `params`.
@@ -134,7 +148,9 @@ class PromptModel:
             if name not in known:
                 message = f"{name} is not trained by this model{nearest(name, known)}"
                 raise MatchError(message)
-        return dataclasses.replace(self, arrays={**self.arrays, **params})
+        arrays = {name: params.get(name, array) for name, array in self.arrays.items()}
+        whole = {name: params.get(name, array) for name, array in self.whole.items()}
+        return dataclasses.replace(self, arrays=arrays, whole=whole)
 
     def freeze(self) -> PromptModel:
         """The same model, of which training changes nothing."""
@@ -157,7 +173,7 @@ class PromptModel:
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many numbers training changes, and how many there are."""
-        everything = [*self.base.weights.values(), *self.arrays.values()]
+        everything = [*self.base.weights.values(), *self.arrays.values(), *self.whole.values()]
         return _count(self.params.values()), _count(everything)
 
     def print_trainable_parameters(self) -> None:
@@ -181,7 +197,7 @@ class PromptModel:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the prompt as PEFT does: `adapter_config.json` and `adapter_model.safetensors`."""
-        save_prompt(folder, self.config, self.arrays)
+        save_prompt(folder, self.config, self.arrays, replace=self.whole)
 
     @classmethod
     def from_pretrained(cls, model: Any, folder: str | Path, *, is_trainable: bool = False) -> PromptModel:
@@ -196,8 +212,27 @@ class PromptModel:
             PeftError: of the kind that fits; see `peftarray.errors`.
         """
         saved = load_prompt(folder, host=_host(model), like=_embedding(model))
-        found = cls(model, saved.config, saved.params, trainable=False)
+        for name in saved.replace:
+            if name not in model.weights:
+                message = f"{folder} brings {name}, which the model does not have{nearest(name, model.weights)}"
+                raise MatchError(message)
+        found = cls(model, saved.config, saved.params, saved.replace, trainable=False)
         return found.unfreeze() if is_trainable else found
+
+    def _weights(self, drop: Drop | None) -> dict[str, Array]:
+        own = self.config.weights(self.arrays, task_ids=self.task_ids, drop=drop)
+        return dict(self.base.weights) | dict(self.whole) | own
+
+
+def _with_whole(model: Any, config: Prompt) -> tuple[Prompt, dict[str, Array]]:
+    """The prompt with the heads that its task trains whole, and a copy of what is trained whole."""
+    if not isinstance(config, VirtualTokens):
+        return config, {}
+    modules = {name.rpartition(".")[0] for name in model.weights}
+    config = with_heads(config, modules)
+    saved_modules(modules, config)
+    names = [name for name in model.weights if is_saved(name.rpartition(".")[0], config)]
+    return config, {name: namespace(model.weights[name]).asarray(model.weights[name], copy=True) for name in names}
 
 
 def _host(model: Any) -> Host:

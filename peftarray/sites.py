@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from peftarray.adapter import Adapter
 from peftarray.arrays import Array, namespace
@@ -12,6 +13,7 @@ from peftarray.formats.models import input_embedding_names, output_embedding_nam
 from peftarray.layers import Layer, Peers
 from peftarray.method import AdapterConfig
 from peftarray.methods import TrainableTokensConfig
+from peftarray.prompts import VirtualTokens
 from peftarray.targets import ends_with, is_saved, targeted
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
 
 TOKENS = ".token_adapter"
 """What PEFT puts behind the name of an embedding of which some rows are trained beside another method."""
+
+Config = TypeVar("Config", AdapterConfig, VirtualTokens)
 
 _TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -149,16 +153,16 @@ def input_embedding(modules: Iterable[str]) -> str | None:
     return None
 
 
-def with_heads(config: AdapterConfig, modules: Iterable[str]) -> AdapterConfig:
+def with_heads(config: Config, modules: Iterable[str]) -> Config:
     """The configuration with the heads in `modules_to_save` that a task's models start from noise, as PEFT has it."""
     known = {name.rpartition(".")[2] for name in modules}
     heads = [name for name in _TASK_HEADS.get(config.task_type or "", ()) if name in known]
-    listed = list(config.modules_to_save or ())
-    missing = [name for name in heads if name not in listed]
+    listed: list[str] = list(config.modules_to_save or ())
+    missing: list[str] = [name for name in heads if name not in listed]
     return replace(config, modules_to_save=[*listed, *missing]) if missing else config
 
 
-def saved_modules(modules: Iterable[str], config: AdapterConfig, *, strict: bool = True) -> list[str]:
+def saved_modules(modules: Iterable[str], config: AdapterConfig | VirtualTokens, *, strict: bool = True) -> list[str]:
     """The modules among these that `modules_to_save` names, without what lies within them.
 
     Raises:

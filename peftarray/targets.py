@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable
 from peftarray import patterns
 from peftarray.errors import ConfigError, MatchError, nearest
 from peftarray.method import AdapterConfig
+from peftarray.prompts import VirtualTokens
 
 __all__ = ["ends_with", "is_saved", "is_targeted", "targeted"]
 
@@ -26,7 +27,7 @@ def ends_with(name: str, items: Iterable[str]) -> bool:
     return any(name == item or name.endswith("." + item) for item in items)
 
 
-def is_saved(name: str, config: AdapterConfig) -> bool:
+def is_saved(name: str, config: AdapterConfig | VirtualTokens) -> bool:
     """Whether `modules_to_save` names this module or one around it."""
     dotted = f".{name}."
     return any(f".{item}." in dotted for item in _items(config.modules_to_save))

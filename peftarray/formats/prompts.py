@@ -7,7 +7,7 @@ prefix; what an encoder made is saved, and the encoder is not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,14 @@ from peftarray.errors import ConfigError, MatchError
 from peftarray.formats.folder import write_folder
 from peftarray.formats.peft import open_weights
 from peftarray.formats.peft_config import config_to_dict, known_values
-from peftarray.prompts import PROMPTS, Host, Prompt
+from peftarray.prompts import PROMPTS, Host, Prompt, VirtualTokens
 from peftarray.stores.checkpoint import Checkpoint
 from peftarray.stores.json_file import read_json
+from peftarray.targets import is_saved
 
 __all__ = ["SavedPrompt", "holds_prompt", "load_prompt", "save_prompt", "source_prompt"]
+
+_PREFIX = "base_model."
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +34,12 @@ class SavedPrompt:
     Attributes:
         config: the prompt.
         params: its stored arrays.
+        replace: tensor of the model -> its new values (`modules_to_save`).
     """
 
     config: Prompt
     params: Mapping[str, Array]
+    replace: Mapping[str, Array] = field(default_factory=dict)
 
 
 def holds_prompt(folder: str | Path) -> bool:
@@ -43,13 +48,16 @@ def holds_prompt(folder: str | Path) -> bool:
     return file.is_file() and read_json(file).get("peft_type") in PROMPTS
 
 
-def save_prompt(folder: str | Path, config: Prompt, params: Params) -> None:
+def save_prompt(
+    folder: str | Path, config: Prompt, params: Params, *, replace: Mapping[str, Array] | None = None
+) -> None:
     """Write a prompt to a folder in PEFT's layout: PEFT, and `load_prompt`, read it.
 
     Args:
         folder: made if it does not exist; a prompt that is there is replaced.
         config: with its sizes.
         params: trained arrays or stored ones, of any library.
+        replace: tensor of the model -> values that take its place.
 
     Raises:
         MatchError, ShapeError: the arrays are not those of the configuration.
@@ -68,7 +76,9 @@ def save_prompt(folder: str | Path, config: Prompt, params: Params) -> None:
     config.check_shapes({name: values.shape for name, values in stored.items()}, str(folder))
     disk = {name: row.disk or name for name, row in config.stored().items()}
     written = config_to_dict(config) | {"inference_mode": True}
-    write_folder(Path(folder), written, {disk[name]: values for name, values in stored.items()})
+    tensors = {disk[name]: values for name, values in stored.items()}
+    tensors |= {_PREFIX + name: to_host(array) for name, array in (replace or {}).items()}
+    write_folder(Path(folder), written, tensors)
 
 
 def load_prompt(
@@ -91,15 +101,18 @@ def load_prompt(
         config = config.for_model(host)
     tensors = open_weights(place)
     here = {row.disk or name: name for name, row in config.stored().items()}
-    left = [key for key in tensors if key not in here]
-    if left:
-        message = (
-            f"{place}: {left[0]} is no array of {type(config).__name__} with this configuration, whose are "
-            f"{', '.join(list(here)[:4])}; modules trained whole beside a prompt are not supported"
-        )
-        raise MatchError(message)
+    others = [key for key in tensors if key not in here]
+    for key in others:
+        known = isinstance(config, VirtualTokens) and is_saved(key.removeprefix(_PREFIX), config)
+        if not known or not key.startswith(_PREFIX):
+            message = (
+                f"{place}: {key} is no array of {type(config).__name__} with this configuration, whose are "
+                f"{', '.join(list(here)[:4])}, and no module in modules_to_save"
+            )
+            raise MatchError(message)
     config.check_shapes({name: tensors[key].shape for key, name in here.items() if key in tensors}, str(place))
-    return SavedPrompt(config, {name: _beside(tensors.read(key), like) for key, name in here.items()})
+    params = {name: _beside(tensors.read(key), like) for key, name in here.items()}
+    return SavedPrompt(config, params, {key.removeprefix(_PREFIX): _beside(tensors.read(key), like) for key in others})
 
 
 def source_prompt(path: str | Path) -> dict[str, np.ndarray]:

@@ -103,9 +103,14 @@ class PrefixTuningConfig(VirtualTokens):
         return xp.permute_dims(xp.reshape(rows, (-1, 2 * layers, heads, dim // heads)), (1, 2, 0, 3))
 
     def key_values(self, p: Params) -> list[tuple[Array, Array]]:
-        """For each layer its keys and its values, `(heads, n, head width)` each."""
-        stacked = self.stacked(p)
-        return [(stacked[2 * i, ...], stacked[2 * i + 1, ...]) for i in range(self.size("num_layers"))]
+        """For each layer its keys and its values, `(heads, n, head width)` each.
+
+        In a model with two submodules layer i has those of number `2 i % layers`, in encoder and decoder: so PEFT reads
+        its own rows there, and with an even number of layers never reads half of them.
+        """
+        stacked, layers = self.stacked(p), self.size("num_layers")
+        places = [self.submodules * i % layers for i in range(layers)]
+        return [(stacked[2 * i, ...], stacked[2 * i + 1, ...]) for i in places]
 
     @property
     def _row(self) -> int:
