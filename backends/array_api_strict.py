@@ -13,7 +13,16 @@ import numpy as np
 
 from peftarray import arrays
 
-__all__ = ["COMPILES", "checkpoint", "from_host", "jit", "to_host", "value_and_grad"]
+__all__ = [
+    "COMPILES",
+    "checkpoint",
+    "from_host",
+    "jit",
+    "random_state",
+    "set_random_state",
+    "to_host",
+    "value_and_grad",
+]
 
 COMPILES = False
 
@@ -43,6 +52,15 @@ def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     from peftarray import autodiff
 
     return autodiff.checkpoint(function)
+
+
+def random_state() -> dict[str, Any]:
+    """Nothing: the library has no generator."""
+    return {}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Nothing."""
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,16 @@ import numpy as np
 from peftarray import arrays
 from peftarray.errors import ConfigError
 
-__all__ = ["COMPILES", "checkpoint", "from_host", "jit", "to_host", "value_and_grad"]
+__all__ = [
+    "COMPILES",
+    "checkpoint",
+    "from_host",
+    "jit",
+    "random_state",
+    "set_random_state",
+    "to_host",
+    "value_and_grad",
+]
 
 COMPILES = False
 
@@ -51,6 +60,15 @@ def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     from peftarray import autodiff
 
     return autodiff.checkpoint(function)
+
+
+def random_state() -> dict[str, Any]:
+    """Nothing: CuPy cannot tell where its own generator is."""
+    return {}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Nothing."""
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,16 @@ from jax.extend import core
 from peftarray import arrays, trees
 from peftarray.gradients import Chosen, check_loss, refuse_unused
 
-__all__ = ["COMPILES", "checkpoint", "from_host", "jit", "to_host", "value_and_grad"]
+__all__ = [
+    "COMPILES",
+    "checkpoint",
+    "from_host",
+    "jit",
+    "random_state",
+    "set_random_state",
+    "to_host",
+    "value_and_grad",
+]
 
 COMPILES = True
 """JAX is made for it."""
@@ -72,6 +81,15 @@ def value_and_grad(
 def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, keeping nothing for its gradient but its arguments: it is run again on the way back."""
     return jax.checkpoint(function)
+
+
+def random_state() -> dict[str, Any]:
+    """Nothing: JAX has no generator of its own."""
+    return {}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Nothing."""
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,16 @@ import numpy as np
 
 from peftarray.errors import ConfigError
 
-__all__ = ["COMPILES", "checkpoint", "from_host", "jit", "to_host", "value_and_grad"]
+__all__ = [
+    "COMPILES",
+    "checkpoint",
+    "from_host",
+    "jit",
+    "random_state",
+    "set_random_state",
+    "to_host",
+    "value_and_grad",
+]
 
 COMPILES = False
 
@@ -41,6 +50,17 @@ def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     from peftarray import autodiff
 
     return autodiff.checkpoint(function)
+
+
+def random_state() -> dict[str, Any]:
+    """Where NumPy's own generator is, which a loss may draw from."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return {"kind": kind, "keys": keys, "rest": rest}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put NumPy's own generator back to where it was."""
+    np.random.set_state((state["kind"], state["keys"], *state["rest"]))  # noqa: NPY002
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,10 +17,13 @@ from peftarray.gradients import Chosen, check_loss, refuse_independent, refuse_u
 __all__ = [
     "COMPILES",
     "adapt_module",
+    "as_trainable",
     "checkpoint",
     "from_host",
     "jit",
     "load_module",
+    "random_state",
+    "set_random_state",
     "to_host",
     "value_and_grad",
 ]
@@ -103,6 +106,26 @@ def load_module(module: Any, folder: Any, *, adapter_name: str = "default", is_t
     from peftarray.backends import torch_modules
 
     return torch_modules.load_module(module, folder, adapter_name=adapter_name, is_trainable=is_trainable)
+
+
+def as_trainable(module: Any) -> Any:
+    """What `peftarray.fit` trains of a `torch.nn.Module`: its parameters that require a gradient."""
+    from peftarray.backends import torch_training
+
+    return torch_training.TrainableModule(module)
+
+
+def random_state() -> dict[str, Any]:
+    """Where torch's own generators are: modules draw their dropout from them."""
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"cpu": torch.get_rng_state().numpy(), "cuda": [state.numpy() for state in on_gpus]}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put torch's own generators back to where they were."""
+    torch.set_rng_state(torch.from_numpy(state["cpu"]))
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all([torch.from_numpy(one) for one in state["cuda"]])
 
 
 def _detached(tree: Any) -> Any:

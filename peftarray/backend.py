@@ -17,7 +17,7 @@ import numpy as np
 from peftarray.arrays import Array, namespace
 from peftarray.errors import ConfigError, nearest
 
-__all__ = ["Backend", "backend_names", "backend_of", "load_backend"]
+__all__ = ["Backend", "backend_names", "backend_of", "backend_of_type", "load_backend"]
 
 _GROUP = "peftarray.backends"
 
@@ -50,6 +50,12 @@ class Backend(Protocol):
 
     def checkpoint(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, keeping nothing for its gradient but its arguments: it is run again on the way back."""
+
+    def random_state(self) -> dict[str, Any]:
+        """Where the library's own generators are, as a tree of NumPy arrays and numbers."""
+
+    def set_random_state(self, state: dict[str, Any]) -> None:
+        """Put them back to there."""
 
     def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` of trees, compiled where the library can; the function itself where it cannot."""
@@ -100,6 +106,17 @@ def backend_of(*arrays: Array) -> str:
             return part
     message = f"there is no backend for arrays of {space}; installed: {', '.join(_installed())}"
     raise ConfigError(message)
+
+
+def backend_of_type(kind: type) -> str | None:
+    """The name of the backend whose library defined a class or one of its bases; None where none did.
+
+    Example:
+        >>> backend_of_type(np.float32), backend_of_type(dict)
+        ('numpy', None)
+    """
+    libraries = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    return next((name for name in backend_names() if name in libraries), None)
 
 
 @cache

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from peftarray.allocation import keep_freed_memory
-from peftarray.backend import backend_of, load_backend
+from peftarray.backend import backend_of, backend_of_type, load_backend
 from peftarray.errors import ConfigError, OutputError
 from peftarray.gradients import Chosen
 from peftarray.settings import Rule, boolean, number, optional, whole
@@ -68,9 +68,10 @@ def fit(
     """Train arrays until a loss is small.
 
     Args:
-        model: a tree of arrays in nested dicts, lists and tuples, or a `Trainable`: an object with `params`, such a
-            tree, and `with_params(params)`, which gives the model with other arrays in it.
-        loss: `loss(params, batch)` gives one number; a `Trainable` is passed in place of `params`.
+        model: a tree of arrays in nested dicts, lists and tuples; or a `Trainable`, an object with `params`, such a
+            tree, and `with_params(params)`, which gives the model with other arrays in it; or a `torch.nn.Module`,
+            whose parameters that require a gradient are trained.
+        loss: `loss(params, batch)` gives one number; a model is passed in place of `params`.
         batches: what can be gone through again: a list, `Batches`, a data loader; or a function from the number of an
             epoch to its batches, which must be the same each time it is asked.
         optimizer: AdamW if None.
@@ -95,7 +96,7 @@ def fit(
         progress: show it on standard error.
 
     Returns:
-        What happened, with the trained arrays as `params`. A `Trainable` has them too.
+        What happened, with the trained arrays as `params`. A model has them too.
 
     Raises:
         ConfigError: an argument is not allowed, or a checkpoint is of another training.
@@ -118,9 +119,7 @@ def fit(
     _check("resume progress", boolean, resume, progress)
     _check("compile", optional(boolean), compile)
     is_tree = isinstance(model, (Mapping, list, tuple))
-    if not is_tree and not isinstance(model, Trainable):
-        message = f"model is a {type(model).__name__}; give a tree of arrays, or an object with params and with_params"
-        raise ConfigError(message)
+    model = model if is_tree else _as_trainable(model)
     epochs = 1 if steps is None and epochs is None else epochs
     total = _total(batches, steps, epochs, accumulate)
     chosen = Chosen(model if is_tree else model.params, frozen)
@@ -143,6 +142,7 @@ def fit(
     loop = Loop(
         stepper=stepper,
         recipe=recipe,
+        backend=backend,
         batches=batches,
         steps=steps,
         epochs=epochs,
@@ -159,7 +159,7 @@ def fit(
             if not resume:
                 message = f"checkpoint_dir {checkpoint_dir} holds a training; remove it, give another, or resume"
                 raise OutputError(message)
-            loop.restore(checkpoints.load(), backend)
+            loop.restore(checkpoints.load())
         try:
             with training_progress(progress, loop.now.step, total) as reporter:
                 loop.run(reporter)
@@ -169,6 +169,20 @@ def fit(
             if not is_tree:
                 model.params = history.params
     return history
+
+
+def _as_trainable(model: Any) -> Trainable:
+    if isinstance(model, Trainable):
+        return model
+    name = backend_of_type(type(model))
+    as_trainable = None if name is None else getattr(load_backend(name), "as_trainable", None)
+    if as_trainable is None:
+        message = (
+            f"model is a {type(model).__name__}; give a tree of arrays, an object with params and with_params, or a "
+            "torch.nn.Module"
+        )
+        raise ConfigError(message)
+    return as_trainable(model)
 
 
 _above_zero = Rule(lambda value: number(0.0).allows(value) and value > 0, "a finite number above 0")

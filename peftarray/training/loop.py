@@ -30,6 +30,7 @@ class Loop:
     Attributes:
         stepper: makes the steps.
         recipe: how.
+        backend: of the arrays.
         batches: of the training.
         steps, epochs: where it ends; None for either that does not matter.
         eval_batches, eval_every: what is evaluated, and how often; each epoch if None.
@@ -42,6 +43,7 @@ class Loop:
 
     stepper: Stepper
     recipe: Recipe
+    backend: Backend
     batches: Source
     steps: int | None
     epochs: int | None
@@ -83,16 +85,17 @@ class Loop:
             if self.checkpoints is not None and (self.done or self.now.step % self.checkpoint_every == 0):
                 self.checkpoints.save(self.now.step, self._content())
 
-    def restore(self, content: Mapping[str, Any], backend: Backend) -> None:
+    def restore(self, content: Mapping[str, Any]) -> None:
         """Go back to where a checkpoint was written."""
         like = self.now.trained
         arrays = {name: content[name] for name in ("trained", "state")}
-        placed = _placed(arrays, like, next(iter(like.values())), backend)
+        placed = _placed(arrays, like, next(iter(like.values())), self.backend)
         scale = self.now.scale and replace(self.now.scale, **content["scale"])
         # In the order of the model's tree, which JSON and compilers need not keep.
         trained = {name: placed["trained"][name] for name in like}
         self.now = Now(content["step"], trained, placed["state"], scale)
         self.position = Position(*content["position"])
+        self.backend.set_random_state(content["random"])
         told = content["history"]
         self.history = History(
             losses=told["losses"].tolist(),
@@ -118,6 +121,7 @@ class Loop:
             "state": self.now.state,
             "scale": scale and {"value": scale.value, "good": scale.good},
             "position": self.position,
+            "random": self.backend.random_state(),
             "history": {
                 "losses": np.asarray(history.losses, np.float64),
                 "rates": np.asarray(history.rates, np.float64),

@@ -64,7 +64,8 @@ def lora_plus(ratio: float) -> tuple[Group, ...]:
         >>> lora_plus(16.0)[0].rate
         16.0
     """
-    return (Group("lora_B", rate=ratio),)
+    # A torch module has the adapter's name behind.
+    return (Group(r"lora_B(\..*)?", rate=ratio),)
 
 
 class At(NamedTuple):

@@ -392,7 +392,7 @@ def test_bad_arguments_are_refused(options, words):
 
 
 def test_bad_models_are_refused():
-    with pytest.raises(ConfigError, match="model is a int; give a tree of arrays, or an object with params"):
+    with pytest.raises(ConfigError, match="model is a int; give a tree of arrays, an object with params"):
         fit(3, squares, [line()])
     with pytest.raises(PeftError, match="n is int64, which has no gradient; name it in frozen"):
         fit({"n": np.arange(3)}, squares, [line()])
