@@ -19,11 +19,13 @@ from peftarray.arrays import Array
 from peftarray.errors import NumberError, UnsupportedError
 from peftarray.layers import Kind, Layer, Window
 from peftarray.method import AdapterConfig, Param
+from peftarray.method_dropout import Dropout
 from peftarray.methods import TrainableTokensConfig
 
 __all__ = ["AdaptedLayer", "Arrays", "SavedModule", "TiedHead", "TokenRows", "base_weight", "layer_of"]
 
 _FORWARDS = tuple(kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding))
+_NO_DROPOUT = Dropout()
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -117,11 +119,12 @@ class AdaptedLayer(nn.Module):
         if self.active is None:
             return base(x, *arguments, **options)
         adapter, way = self.adapter(self.active), self._ways[self.active]
-        drop = _drop if self.training else None
+        drop = _drop if self.training and adapter.config.dropout() != _NO_DROPOUT else None
         if way == "apart":
             y = base(x, *arguments, **options)
             bias = base.bias if "bias" in adapter.config.touches(adapter.layer) else None
-            return (y + adapter.added(_widened(x), bias=bias, drop=drop)).to(y.dtype)
+            z = y + adapter.added(_widened(x), bias=bias, drop=drop)
+            return z if z.dtype is y.dtype else z.to(y.dtype)
         if way == "instead":
             return adapter.forward(x, base.weight, bias=getattr(base, "bias", None), drop=drop)
         return torch.func.functional_call(base, self._effective(adapter), (x, *arguments), options)

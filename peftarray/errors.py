@@ -77,4 +77,8 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     # difflib is quadratic in the length of the pool: names that share the last component come first.
     likely = [other for other in pool if tail in other] or pool
     found = difflib.get_close_matches(name, likely[:2000], n=count, cutoff=0.5)
+    if not found:
+        # The end of a long name may be meant.
+        ends = {other.rsplit(".", 1)[-1]: other for other in reversed(pool)}
+        found = [ends[end] for end in difflib.get_close_matches(tail, list(ends)[:2000], n=count, cutoff=0.6)]
     return f"; nearest: {', '.join(found)}" if found else ""

@@ -176,15 +176,19 @@ def scale_outputs(y: Array, gain: Array, layer: Layer) -> Array:
 
 
 def _convolve(x: Array, matrix: Array, layer: Layer) -> Array:
-    """Cross-correlation as one matrix product for each offset in the kernel: slices and `@` only."""
+    """Cross-correlation: the library's own where it has one, or a matrix product for each offset in the kernel."""
     xp = namespace(x, matrix)
     kernel, window = layer.kernel, layer.window
     rank = len(kernel)
     stride, padding, dilation = (_each(value, rank) for value in (window.stride, window.padding, window.dilation))
-    x = _pad(x, padding)
-    space = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)]
     # A factor that contracts all input channels at once has groups of its own: none.
     groups = window.groups if layer.shape[1] * window.groups == x.shape[1] and matrix.shape[1] == layer.fan_in else 1
+    own = getattr(xp, f"conv{rank}d", None)
+    if own is not None:
+        taps = xp.reshape(matrix, (matrix.shape[0], x.shape[1] // groups, *kernel))
+        return own(x, taps, None, stride, padding, dilation, groups)
+    x = _pad(x, padding)
+    space = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)]
     weight = xp.reshape(matrix, (groups, matrix.shape[0] // groups, x.shape[1] // groups, *kernel))
     total = None
     for offset in itertools.product(*(range(k) for k in kernel)):

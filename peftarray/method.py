@@ -206,7 +206,7 @@ class AdapterConfig(ABC):
         return None
 
     def trained_biases(self) -> str:
-        """Which biases of the model are trained beside the method's arrays: `"none"`, `"all"`, or `"adapted"` layers'."""
+        """Which of the model's biases are trained as well: `"none"`, `"all"`, or those of `"adapted"` layers."""
         wanted = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}.get("bias", "none")
         return wanted if wanted in ("none", "all") else "adapted"
 

@@ -133,7 +133,7 @@ def _embedding(input: Array, weight: Any, padding_idx: Any = None, max_norm: Any
 
 def _rows(w: StandIn, indices: Any) -> Array:
     """Rows of the weight by their numbers; boolean masks, slices and single numbers have no cheap way."""
-    _refuse_unless(hasattr(indices, "dtype") and hasattr(indices, "shape"))
+    _refuse_unless(not isinstance(indices, (slice, tuple, list, int, type(None), type(Ellipsis))))
     _refuse_unless(namespace(indices).isdtype(indices.dtype, "integral"))
     found = w.rows(indices)
     _refuse_unless(found is not NotImplemented)

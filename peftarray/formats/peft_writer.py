@@ -120,14 +120,18 @@ def load_adapters(
     infos = [TensorInfo(name, _code(w), tuple(getattr(w, "shape", w)), 0, 0) for name, w in weights.items()]
     found = read(folder, Checkpoint.described(infos, "the given weights"), config=config, layers=layers)
     adapters: dict[str, Adapter] = {}
-    placed: dict[int, Array] = {}  # what layers share is moved once
+    # What layers share is moved once; with its host array, so that no other gets its id.
+    placed: dict[int, tuple[np.ndarray, Array]] = {}
     for site in found.sites:
         if any(ref.rows or ref.columns for ref in site.params.values()):
             message = f"{site.layer.name}: adapters of fused experts cannot be loaded one by one; merge them (pa.merge)"
             raise UnsupportedError(message)
         weight = weights[site.pieces[0].tensor]
         host = _params(site, found, weight)
-        params = {name: placed.setdefault(id(values), _beside(values, weight)) for name, values in host.items()}
+        for values in host.values():
+            if id(values) not in placed:
+                placed[id(values)] = values, _beside(values, weight)
+        params = {name: placed[id(values)][1] for name, values in host.items()}
         adapters[_module(site)] = Adapter(site.method, site.layer, params)
     replace = {name: _beside(_read(found, ref), weights.get(name)) for name, ref in found.replace.items()}
     return SavedAdapters(found.config, adapters, replace)

@@ -199,13 +199,15 @@ class LoraConfig(LowRank):
 
     def factors(self, p: Params, layer: Layer) -> tuple[Array, Array]:
         down, up = p["lora_A"], p["lora_B"]
-        xp = namespace(down, up)
-        down, up = xp.reshape(down, (down.shape[0], -1)), xp.reshape(up, (up.shape[0], -1))
+        if layer.kernel:
+            xp = namespace(down, up)
+            down, up = xp.reshape(down, (down.shape[0], -1)), xp.reshape(up, (up.shape[0], -1))
         if isinstance(self.use_bdlora, tuple):
             side, blocks = self.use_bdlora
             down, up = (_block_diagonal(down, blocks), up) if side == "a" else (down, _block_diagonal(up, blocks))
         up = up * self.scale
         if self.kasa_config:
+            xp = namespace(down, up)
             up = xp.concat([up * p["lora_diag"], -p["minor_up"]], axis=1)
             down = xp.concat([down, p["minor_down"]], axis=0)
         return up, down

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from peftarray.arrays import Array, Params, device, integers, namespace
 from peftarray.errors import ConfigError, ShapeError
-from peftarray.layers import Kind, Layer
+from peftarray.layers import Kind, Layer, contract
 from peftarray.method import Param, Transform
 from peftarray.settings import Rule, boolean, setting
 
@@ -50,7 +50,7 @@ class TrainableTokensConfig(Transform):
 
     def params(self, layer: Layer) -> dict[str, Param]:
         count = len(self.token_indices)
-        if max(self.token_indices, default=0) >= layer.out or len(set(self.token_indices)) != count:
+        if not count or max(self.token_indices) >= layer.out or len(set(self.token_indices)) != count:
             message = (
                 f"{layer.name}: token_indices must be different rows below {layer.out}; got "
                 f"{list(self.token_indices)[:8]}"
@@ -71,14 +71,26 @@ class TrainableTokensConfig(Transform):
         if rows.shape[0] != count:
             message = f"{layer.name}: trainable_tokens_delta has {rows.shape[0]} rows for {count} token_indices"
             raise ShapeError(message)
-        slot = [count] * layer.out
-        for place, row in enumerate(self.token_indices):
-            slot[row] = place
         xp = namespace(rows)
         empty = xp.zeros((1, rows.shape[1]), dtype=rows.dtype, device=device(rows))
-        return {"slot": integers(slot, rows), "rows": xp.concat([rows, empty], axis=0)}
+        order = sorted(range(count), key=self.token_indices.__getitem__)
+        replaced = integers([self.token_indices[place] for place in order], rows)
+        every = xp.arange(layer.out, dtype=replaced.dtype, device=device(rows))
+        found = xp.clip(xp.searchsorted(replaced, every), max=count - 1)
+        slot = xp.where(xp.take(replaced, found) == every, xp.take(integers(order, rows), found), count)
+        return {"slot": slot, "rows": xp.concat([rows, empty], axis=0)}
 
     def weight(self, p: Params, w: Array, layer: Layer) -> Array:
         xp = namespace(w, p["rows"])
         replaced = (p["slot"] < p["rows"].shape[0] - 1)[:, None]
         return xp.where(replaced, xp.take(p["rows"], p["slot"], axis=0), w)
+
+    def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
+        """Only the rows that `x` asks for are looked at."""
+        if layer.kind != "embedding":
+            return super().apply(p, x, w, layer)
+        base = contract(x, w, layer)
+        xp = namespace(base, p["rows"])
+        slot = xp.take(p["slot"], xp.reshape(x, (-1,)), axis=0)
+        rows = xp.reshape(xp.take(p["rows"], slot, axis=0), base.shape)
+        return xp.where(xp.reshape(slot < p["rows"].shape[0] - 1, (*x.shape, 1)), rows, base)
