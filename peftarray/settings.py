@@ -45,11 +45,13 @@ def whole(minimum: int) -> Rule:
     return Rule(lambda value: type(value) is int and value >= minimum, f"a whole number of at least {minimum}")
 
 
-def number(minimum: float = -math.inf) -> Rule:
-    """Finite numbers from `minimum` on."""
+def number(minimum: float = -math.inf, maximum: float = math.inf) -> Rule:
+    """Finite numbers from `minimum` to `maximum`."""
     words = "a finite number" + ("" if minimum == -math.inf else f" of at least {minimum:g}")
+    if maximum < math.inf:
+        words = f"a number from {minimum:g} to {maximum:g}"
     # Whole numbers of JSON have no bound; those beyond a float would overflow in the first formula.
-    least, most = max(minimum, -sys.float_info.max), sys.float_info.max
+    least, most = max(minimum, -sys.float_info.max), min(maximum, sys.float_info.max)
     return Rule(lambda value: type(value) in (int, float) and least <= value <= most, words)
 
 

@@ -81,7 +81,7 @@ class AdaLoraConfig(LowRank):
     rank_pattern: dict[str, list[bool]] | tuple[bool, ...] | None = setting(None, _masks)
     r: int = 8
     lora_alpha: float = setting(8, number())
-    lora_dropout: float = setting(0.0, number(0.0))
+    lora_dropout: float = setting(0.0, number(0.0, 1.0))
     bias: str = setting("none", one_of("none", "all", "lora_only"))
     fan_in_fan_out: bool = setting(False, boolean)
     init_lora_weights: bool | str = setting(True, _init)

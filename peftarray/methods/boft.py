@@ -61,7 +61,7 @@ class BOFTConfig(Transform):
     boft_block_size: int = setting(4, whole(0))
     boft_block_num: int = setting(0, whole(0))
     boft_n_butterfly_factor: int = setting(1, whole(1))
-    boft_dropout: float = setting(0.0, number(0.0))
+    boft_dropout: float = setting(0.0, number(0.0, 1.0))
     fan_in_fan_out: bool = setting(False, boolean)
     bias: str = setting("none", one_of("none", "all", "boft_only"))
     init_weights: bool = setting(True, boolean)

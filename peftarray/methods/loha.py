@@ -53,8 +53,8 @@ class LoHaConfig(Additive):
 
     r: int = setting(8, whole(1))
     alpha: float = setting(8, number())
-    rank_dropout: float = setting(0.0, number(0.0))
-    module_dropout: float = setting(0.0, number(0.0))
+    rank_dropout: float = setting(0.0, number(0.0, 1.0))
+    module_dropout: float = setting(0.0, number(0.0, 1.0))
     use_effective_conv2d: bool = setting(False, boolean)
     init_weights: bool = setting(True, boolean)
     rank_pattern: dict[str, int] | None = setting({}, optional(mapping_of(whole(1))))

@@ -71,8 +71,8 @@ class LoKrConfig(Additive):
 
     r: int = setting(8, whole(1))
     alpha: float = setting(8, number())
-    rank_dropout: float = setting(0.0, number(0.0))
-    module_dropout: float = setting(0.0, number(0.0))
+    rank_dropout: float = setting(0.0, number(0.0, 1.0))
+    module_dropout: float = setting(0.0, number(0.0, 1.0))
     rank_dropout_scale: bool = setting(False, boolean)
     use_effective_conv2d: bool = setting(False, boolean)
     decompose_both: bool = setting(False, boolean)

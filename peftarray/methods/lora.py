@@ -92,7 +92,7 @@ class LoraConfig(LowRank):
 
     r: int = setting(8, whole(1))
     lora_alpha: float = setting(8, number())
-    lora_dropout: float = setting(0.0, number(0.0))
+    lora_dropout: float = setting(0.0, number(0.0, 1.0))
     use_rslora: bool = setting(False, boolean)
     use_dora: bool = setting(False, boolean)
     lora_bias: bool = setting(False, boolean)

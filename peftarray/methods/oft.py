@@ -63,7 +63,7 @@ class OFTConfig(Transform):
 
     r: int = setting(0, whole(0))
     oft_block_size: int = setting(32, whole(0))
-    module_dropout: float = setting(0.0, number(0.0))
+    module_dropout: float = setting(0.0, number(0.0, 1.0))
     fan_in_fan_out: bool = setting(False, boolean)
     bias: str = setting("none", one_of("none", "all", "oft_only"))
     init_weights: bool = setting(True, boolean)

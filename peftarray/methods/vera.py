@@ -58,7 +58,7 @@ class VeraConfig(LowRank):
     r: int = setting(256, whole(1))
     projection_prng_key: int = setting(0, _key)
     save_projection: bool = setting(True, boolean)
-    vera_dropout: float = setting(0.0, number(0.0))
+    vera_dropout: float = setting(0.0, number(0.0, 1.0))
     d_initial: float = setting(0.1, number())
     fan_in_fan_out: bool = setting(False, boolean)
     bias: str = setting("none", one_of("none", "all", "vera_only"))

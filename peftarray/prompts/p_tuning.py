@@ -51,7 +51,7 @@ class PromptEncoderConfig(TokenPrompt):
     encoder_reparameterization_type: str = setting("MLP", one_of("MLP", "LSTM"))
     encoder_hidden_size: int | None = setting(None, optional(whole(1)))
     encoder_num_layers: int = setting(2, whole(1))
-    encoder_dropout: float = setting(0.0, number(0.0))
+    encoder_dropout: float = setting(0.0, number(0.0, 1.0))
 
     def for_model(self, host: Host) -> Self:
         known = super().for_model(host)
