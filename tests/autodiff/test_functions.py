@@ -9,7 +9,7 @@ import array_api_strict
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peftarray.arrays import namespace, to_host
@@ -22,7 +22,9 @@ LIBRARIES = {
     "array_api_strict": lambda x: array_api_strict.asarray(x, device=array_api_strict.Device("device1"), copy=True),
 }
 each_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-few = settings(max_examples=8, deadline=None)
+# Machines that stop for a while are no failure.
+quietly = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+few = settings(max_examples=8, **quietly)
 
 
 def drawn(data: st.DataObject, function: Function, dtype: str = "float64") -> list[np.ndarray]:
@@ -112,7 +114,7 @@ def test_gradients_are_the_slopes(function, data):
 
 
 @on_each_library(list(FUNCTIONS))
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=2, **quietly)
 @given(st.data())
 def test_gradients_have_their_values_dtype(function, to_library, data):
     arguments = [to_library(x) for x in drawn(data, function, "float32")]

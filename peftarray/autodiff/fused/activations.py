@@ -34,34 +34,37 @@ def _silu_mul(gate: Array, up: Array) -> Array:
 
 @primitive(formula=_silu_mul)
 def silu_mul(xp: Any, needs: Needs, gate: Array, up: Array) -> Result:
-    # With n = 1 + exp(-gate), the sigmoid is 1 / n.
     value = xp.empty(gate.shape, dtype=gate.dtype, device=device(gate))
-    # Where no gradient reads them, they lie where the value will.
-    n, silu = (xp.empty_like(value), xp.empty_like(value)) if any(needs) else (value, value)
-    for gate_, up_, n_, silu_, value_ in tiles(xp, gate, up, n, silu, value):
-        into(n_, xp.negative, gate_)
-        into(n_, xp.minimum, n_, _LARGEST_EXPONENT)
-        into(n_, xp.exp, n_)
-        n_ += 1.0
-        into(silu_, xp.divide, gate_, n_)
-        into(value_, xp.multiply, silu_, up_)
+    for gate_, up_, value_ in tiles(xp, gate, up, value):
+        into(value_, xp.divide, gate_, _one_and_exp(xp, gate_))
+        value_ *= up_
     wants_gate, wants_up = needs
 
     def pull(g: Array) -> Wanted:
-        to_gate, to_up = xp.empty_like(n), xp.empty_like(n)
-        for g_, up_, n_, silu_, to_gate_, to_up_ in tiles(xp, g, up, n, silu, to_gate, to_up):
-            if wants_up:
-                into(to_up_, xp.multiply, g_, silu_)
-            if wants_gate:
-                # The derivative of SiLU: silu + (1 - silu) / n.
+        # Its two arguments alone are kept: to compute the rest again is as quick as to read it.
+        to_gate, to_up = (xp.empty(g.shape, dtype=g.dtype, device=device(g)) for _ in range(2))
+        for g_, gate_, up_, to_gate_, silu_ in tiles(xp, g, gate, up, to_gate, to_up):
+            n = _one_and_exp(xp, gate_)
+            into(silu_, xp.divide, gate_, n)
+            if wants_gate:  # the derivative of SiLU: silu + (1 - silu) / n
                 into(to_gate_, xp.subtract, 1.0, silu_)
-                to_gate_ /= n_
+                to_gate_ /= n
                 to_gate_ += silu_
                 to_gate_ *= up_
                 to_gate_ *= g_
+            silu_ *= g_
         return to_gate if wants_gate else None, to_up if wants_up else None
 
     return value, pull
+
+
+def _one_and_exp(xp: Any, gate: Array) -> Array:
+    """`1 + exp(-gate)`, the inverse of the sigmoid."""
+    n = -gate
+    into(n, xp.minimum, n, _LARGEST_EXPONENT)
+    into(n, xp.exp, n)
+    n += 1.0
+    return n
 
 
 def _gelu(x: Array, *, approximate: str = "none") -> Array:

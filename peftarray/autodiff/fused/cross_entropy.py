@@ -13,8 +13,8 @@ from peftarray.errors import PeftError
 
 __all__ = ["linear_cross_entropy"]
 
-# So many rows of logits at a time: fewer make thin products, more only memory.
-_ROWS = 128
+# So many rows of logits at a time at most, and so many entries: fewer make thin products, more only memory.
+_ROWS, _ENTRIES = 256, 1 << 24
 
 
 def _linear_cross_entropy(hidden: Array, weight: Array, targets: Array, *, ignore_index: int = -100) -> Array:
@@ -50,28 +50,40 @@ def linear_cross_entropy(
     hidden, targets, share = _rows(xp, hidden, targets, ignore_index)
     wants_hidden, wants_weight, _ = needs
     losses, to_hidden, to_weight = [], [], None
-    for start in range(0, hidden.shape[0], _ROWS):
-        part = slice(start, min(start + _ROWS, hidden.shape[0]))
-        rows, chosen = hidden[part, :], xp.take(weight, targets[part], axis=0)
-        logits = rows @ weight.mT
-        top = xp.max(logits, axis=-1, keepdims=True)
-        logits -= top
-        into(logits, xp.exp, logits)
-        total = xp.sum(logits, axis=-1, keepdims=True)
-        losses.append((xp.log(total) + top)[:, 0] - xp.vecdot(rows, chosen))
-        # The gradient of a row's logits is its softmax, less one at the target.
-        counts = share[part][:, None]
-        if wants_hidden:
-            to_hidden.append((logits @ weight) * (counts / total) - chosen * counts)
+    step = max(1, min(_ROWS, _ENTRIES // classes))
+    for start in range(0, hidden.shape[0], step):
+        part = slice(start, min(start + step, hidden.shape[0]))
+        loss, over_rows, over_classes = _block(xp, needs, hidden[part, :], weight, targets[part], share[part][:, None])
+        losses.append(loss)
+        to_hidden.append(over_rows)
         if wants_weight:
-            made = logits.mT @ (rows * (counts / total))
-            to_weight = made if to_weight is None else _added(to_weight, made)
+            to_weight = over_classes if to_weight is None else _added(to_weight, over_classes)
     if wants_weight:
         to_weight = _added(to_weight, -add_rows(xp, hidden * share[:, None], targets, classes))
     whole = xp.reshape(xp.concat(to_hidden, axis=0), shape) if wants_hidden else None
     return (
         xp.sum(xp.concat(losses, axis=0) * share),
         lambda g: (None if whole is None else whole * g, None if to_weight is None else to_weight * g, None),
+    )
+
+
+def _block(
+    xp: Any, needs: Needs, rows: Array, weight: Array, targets: Array, share: Array
+) -> tuple[Array, Array | None, Array | None]:
+    """The losses of some rows, their gradient, and that of the weight but for what the targets add to it."""
+    logits = rows @ weight.mT
+    top = xp.max(logits, axis=-1, keepdims=True)
+    logits -= top
+    into(logits, xp.exp, logits)
+    total = xp.sum(logits, axis=-1, keepdims=True)
+    chosen = xp.take(weight, targets, axis=0)
+    losses = (xp.log(total) + top)[:, 0] - xp.vecdot(rows, chosen)
+    # The gradient of a row's logits is its softmax, less one at the target.
+    part = share / total
+    return (
+        losses,
+        (logits @ weight) * part - chosen * share if needs[0] else None,
+        logits.mT @ (rows * part) if needs[1] else None,
     )
 
 
