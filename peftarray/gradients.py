@@ -34,6 +34,8 @@ class Chosen:
     def __init__(self, tree: Any, frozen: Collection[str]) -> None:
         self.tree = tree
         pairs = list(trees.named(tree))
+        # NumPy's arithmetic makes scalars of arrays without axes.
+        pairs = [(name, np.asarray(value) if isinstance(value, np.generic) else value) for name, value in pairs]
         self.names = [name for name, _ in pairs]
         self.values = [value for _, value in pairs]
         branches = [name + "." for name in frozen]
@@ -100,7 +102,7 @@ def refuse_unused(names: Collection[str]) -> None:
 
 
 def _check_array(name: str, value: Any) -> None:
-    if isinstance(value, np.generic) or not hasattr(value, "dtype"):
+    if not hasattr(value, "dtype"):
         message = f"{name} is a {type(value).__name__}; params holds arrays, so make it one or pass it beside params"
         raise PeftError(message)
     if not namespace(value).isdtype(value.dtype, ("real floating", "complex floating")):

@@ -31,7 +31,7 @@ STANDS_ON = {
     "random": "arrays dtypes",
     "layers": "arrays",
     "rotations": "arrays",
-    "autodiff": "arrays",
+    "autodiff": "gradients",
     "stores": "dtypes",
     "quant": "arrays dtypes",
     "routes": "arrays",

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
+from peftarray import trees
 from peftarray.arrays import Array
-from peftarray.autodiff import trees
 from peftarray.autodiff.rules import Needs, Result, Rule, Wanted
 from peftarray.autodiff.space import new_tape
 from peftarray.autodiff.tape import backward

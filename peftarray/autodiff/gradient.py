@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
-import numpy as np
-
+from peftarray import trees
 from peftarray.arrays import namespace
-from peftarray.autodiff import trees
 from peftarray.autodiff.space import new_tape
 from peftarray.autodiff.tape import backward
 from peftarray.autodiff.traced import Traced, is_traced, plain
-from peftarray.errors import PeftError, nearest
+from peftarray.errors import PeftError
+from peftarray.gradients import Chosen, check_loss, refuse_independent, refuse_unused
 
 __all__ = ["value_and_grad"]
 
@@ -55,79 +54,36 @@ def value_and_grad(
     """
 
     def run(params: Any, *others: Any, **options: Any) -> tuple[Any, Any]:
-        names = [name for name, _ in trees.named(params)]
-        # NumPy's arithmetic makes scalars of arrays without axes.
-        values = [np.asarray(leaf) if isinstance(leaf, np.generic) else leaf for leaf in trees.leaves(params)]
-        trained = _trained(names, values, frozen)
-        tape = new_tape(namespace(*(values[place] for place in trained)))
-        leaves = {place: tape.leaf(values[place]) for place in trained}
-        given = trees.refill(params, [leaves.get(place, value) for place, value in enumerate(values)])
-        result = loss(given, *others, **options)
+        chosen = Chosen(params, frozen)
+        _refuse_traced(chosen)
+        tape = new_tape(namespace(*chosen.arrays))
+        leaves = [tape.leaf(array) for array in chosen.arrays]
+        result = loss(chosen.filled(leaves), *others, **options)
         result, aux = result if has_aux else (result, None)
-        _check_loss(result)
-        nodes = [leaf.node for leaf in leaves.values()]
-        del given, leaves
+        if not isinstance(result, Traced):
+            refuse_independent(result)
+        check_loss(result)
+        nodes = [leaf.node for leaf in leaves]
+        del leaves
         value, node = result.value, result.node
         del result
-        found = dict(zip(trained, backward(tape.xp, [(node, tape.xp.ones_like(value))], nodes), strict=True))
-        without = [place for place in trained if found[place] is None]
-        if without and unused == "refuse":
-            message = (
-                f"the loss does not depend on {', '.join(names[place] for place in without)}; use them, name them in "
-                "frozen, or pass unused='zero'"
-            )
-            raise PeftError(message)
-        for place in without:
-            found[place] = tape.xp.zeros_like(values[place])
-        gradients = trees.refill(params, [found.get(place) for place in range(len(values))])
+        gradients = backward(tape.xp, [(node, tape.xp.ones_like(value))], nodes)
+        pairs = list(zip(chosen.places, gradients, strict=True))
+        if unused == "refuse":
+            refuse_unused([chosen.names[place] for place, gradient in pairs if gradient is None])
+        filled = [tape.xp.zeros_like(chosen.values[place]) if g is None else g for place, g in pairs]
         value = tape.xp.asarray(value)  # NumPy's sums are scalars
-        return ((value, _plain_tree(aux)) if has_aux else value), gradients
+        return ((value, _plain_tree(aux)) if has_aux else value), chosen.gradients(filled)
 
     return run(*arguments) if arguments else run
 
 
-def _trained(names: Sequence[str], values: Sequence[Any], frozen: Collection[str]) -> list[int]:
-    """The places of the arrays that gradients are asked for."""
-    branches = [name + "." for name in frozen]
-    for name, branch in zip(frozen, branches, strict=True):
-        if not any(other == name or other.startswith(branch) for other in names):
-            message = f"frozen names {name}, which params does not have{nearest(name, names)}"
+def _refuse_traced(chosen: Chosen) -> None:
+    for place in chosen.places:
+        if is_traced(chosen.values[place]):
+            name = chosen.names[place]
+            message = f"{name} is traced already, and gradients of gradients are not offered; differentiate once"
             raise PeftError(message)
-    places = [
-        place
-        for place, name in enumerate(names)
-        if values[place] is not None and name not in frozen and not name.startswith(tuple(branches))
-    ]
-    if not places:
-        message = "params holds no array that gets a gradient; give at least one that is not frozen"
-        raise PeftError(message)
-    for place in places:
-        _check_array(names[place], values[place])
-    return places
-
-
-def _check_array(name: str, value: Any) -> None:
-    if is_traced(value):
-        message = f"{name} is traced already, and gradients of gradients are not offered; differentiate once"
-        raise PeftError(message)
-    if not hasattr(value, "dtype"):
-        message = f"{name} is a {type(value).__name__}; params holds arrays, so make it one or pass it beside params"
-        raise PeftError(message)
-    if not namespace(value).isdtype(value.dtype, ("real floating", "complex floating")):
-        message = f"{name} is {value.dtype}, which has no gradient; name it in frozen or pass it beside params"
-        raise PeftError(message)
-
-
-def _check_loss(result: Any) -> None:
-    if not isinstance(result, Traced):
-        message = f"the loss is a {type(result).__name__} that does not depend on params; compute it from them"
-        raise PeftError(message)
-    if result.shape != ():
-        message = f"the loss has shape {result.shape}; it must be one number, so take its sum or mean"
-        raise PeftError(message)
-    if not result.node.tape.xp.isdtype(result.dtype, "real floating"):
-        message = f"the loss is {result.dtype}; it must be a real number, so take its absolute value or real part"
-        raise PeftError(message)
 
 
 def _plain_tree(tree: Any) -> Any:
