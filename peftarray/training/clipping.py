@@ -22,8 +22,13 @@ def global_norm(gradients: Any) -> Array:
     return xp.asarray(xp.sqrt(total))
 
 
-def clip_by_norm(gradients: Any, limit: float) -> tuple[Any, Array]:
+def clip_by_norm(gradients: Any, limit: float, *, norm: Array | None = None) -> tuple[Any, Array]:
     """The gradients, shorter by one factor if their norm is above `limit`; and the norm that they had.
+
+    Args:
+        gradients: a tree of arrays.
+        limit: of the norm.
+        norm: what `global_norm` gives, where it is known already.
 
     Source: Pascanu et al., On the difficulty of training recurrent neural networks, 2013, algorithm 1, arXiv:1211.5063.
 
@@ -33,7 +38,7 @@ def clip_by_norm(gradients: Any, limit: float) -> tuple[Any, Array]:
         >>> clipped["a"].round(3).tolist(), float(norm)
         ([0.6], 5.0)
     """
-    norm = global_norm(gradients)
+    norm = global_norm(gradients) if norm is None else norm
     factor = namespace(norm).clip(limit / (norm + 1e-6), max=1.0)
 
     def shorter(array: Array) -> Array:

@@ -66,11 +66,12 @@ class AdamW(ArrayOptimizer):
     def update(self, p: Array, g: Array, kept: Slots, at: At) -> tuple[Array, dict[str, Array]]:
         first = _averaged(kept["first"], g, self.betas[0])
         second = _averaged(kept["second"], g * g, self.betas[1])
+        # Both corrections go into numbers: a pass over the array is spared.
+        root = unbiased(self.betas[1], at.step) ** 0.5
         change = namespace(p).sqrt(second)
-        change *= unbiased(self.betas[1], at.step) ** -0.5
-        change += self.eps
+        change += self.eps * root
         change = first / change
-        change *= at.rate / unbiased(self.betas[0], at.step)
+        change *= at.rate * root / unbiased(self.betas[0], at.step)
         return _decayed(p, at) - change, {"first": first, "second": second}
 
 

@@ -185,11 +185,12 @@ class Stepper:
         recipe = self._recipe
         if recipe.accumulate > 1 or recipe.precision.scale is not None:
             gradients = {name: g * share for name, g in gradients.items()}
-        norm = global_norm(gradients)
+        norm = length = global_norm(gradients)
         if recipe.clip_value is not None:
             gradients = clip_by_value(gradients, recipe.clip_value)
+            length = None
         if recipe.clip_norm is not None:
-            gradients, _ = clip_by_norm(gradients, recipe.clip_norm)
+            gradients, _ = clip_by_norm(gradients, recipe.clip_norm, norm=length)
         return *recipe.optimizer.step(trained, gradients, state, factor=factor), norm
 
     def _filled(self, trained: Arrays, rest: Arrays) -> Any:
