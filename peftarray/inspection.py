@@ -15,8 +15,10 @@ from peftarray.dtypes import dtype_name
 from peftarray.errors import MatchError, ShapeError
 from peftarray.formats.peft import open_weights
 from peftarray.formats.peft_config import read_config
+from peftarray.formats.prompts import holds_prompt, read_prompt_config
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
+from peftarray.prompts.prompt import EMBEDDINGS
 from peftarray.stores.checkpoint import Checkpoint
 
 __all__ = ["AdaptedModule", "Inspection", "inspect"]
@@ -98,6 +100,8 @@ def inspect(path: str | Path) -> Inspection:
         PeftError: nothing readable is there.
     """
     folder = Path(path)
+    if holds_prompt(folder):
+        return _prompt(folder)
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder)
     return _checkpoint(Checkpoint.open(folder))
@@ -123,13 +127,31 @@ def _adapter(folder: Path) -> Inspection:
         else:
             groups[".".join(path[:place])][local] = key
     modules = tuple(_module(name, group, config, tensors) for name, group in groups.items())
-    changed = {
+    facts = {"method": config.peft_type} | _changed(config)
+    return _summary(folder, "adapter", tensors, facts, modules, shared, tuple(replaced))
+
+
+def _prompt(folder: Path) -> Inspection:
+    config = read_prompt_config(folder, allow_unknown=True)
+    tensors = open_weights(folder)
+    arrays = [name for name in tensors if not name.startswith("base_model.") or ".adaption_" in name]
+    shapes = [f"{name} {'x'.join(map(str, tensors[name].shape))}" for name in arrays]
+    facts: dict[str, Any] = {"method": f"{config.peft_type} (a soft prompt: it has no merged weight)"}
+    facts |= _changed(config)
+    facts["arrays"] = ", ".join(shapes)
+    if EMBEDDINGS in tensors and tensors[EMBEDDINGS].shape:
+        norms = np.linalg.norm(tensors.read(EMBEDDINGS), axis=-1)
+        facts["norms of the rows"] = [float(f"{norm:.4g}") for norm in norms.reshape(-1)]
+    return _summary(folder, "adapter", tensors, facts, (), {}, tuple(name for name in tensors if name not in arrays))
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that are not as by default."""
+    return {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
         if getattr(config, field.name) != _default(field)
     }
-    facts = {"method": config.peft_type} | changed
-    return _summary(folder, "adapter", tensors, facts, modules, shared, tuple(replaced))
 
 
 def _module(name: str, group: dict[str, str], config: AdapterConfig, tensors: Checkpoint) -> AdaptedModule:

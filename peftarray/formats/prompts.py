@@ -22,7 +22,7 @@ from peftarray.stores.checkpoint import Checkpoint
 from peftarray.stores.json_file import read_json
 from peftarray.targets import is_saved
 
-__all__ = ["SavedPrompt", "holds_prompt", "load_prompt", "save_prompt", "source_prompt"]
+__all__ = ["SavedPrompt", "holds_prompt", "load_prompt", "read_prompt_config", "save_prompt", "source_prompt"]
 
 _PREFIX = "base_model."
 
@@ -96,7 +96,7 @@ def load_prompt(
         PeftError: of the kind that fits; see `peftarray.errors`.
     """
     place = Path(folder)
-    config = _read_config(place, allow_unknown)
+    config = read_prompt_config(place, allow_unknown=allow_unknown)
     if host is not None:
         config = config.for_model(host)
     tensors = open_weights(place)
@@ -121,7 +121,12 @@ def source_prompt(path: str | Path) -> dict[str, np.ndarray]:
     return {name: tensors.read(name) for name in tensors}
 
 
-def _read_config(folder: Path, allow_unknown: bool) -> Prompt:
+def read_prompt_config(folder: Path, *, allow_unknown: bool = False) -> Prompt:
+    """The configuration of the prompt in a folder.
+
+    Raises:
+        ConfigError: there is none, or a field is not as it must be.
+    """
     file = folder / "adapter_config.json"
     data = read_json(file) if file.is_file() else {}
     kind = data.get("peft_type")
