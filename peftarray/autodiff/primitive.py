@@ -10,6 +10,7 @@ from typing import Any, overload
 from peftarray.arrays import namespace
 from peftarray.autodiff.rules import Result, Rule
 from peftarray.autodiff.traced import is_traced, record
+from peftarray.errors import PeftError
 
 __all__ = ["Primitive", "primitive"]
 
@@ -36,11 +37,14 @@ class Primitive:
             result = record(self.rule, arguments, options)
             if result is not NotImplemented:
                 return result
-        elif self.formula is None or _writes(xp := namespace(*filter(_is_array, arguments))):
+        else:
             xp = namespace(*filter(_is_array, arguments))
-            return self.rule.function(xp, (False,) * len(arguments), *arguments, **options)[0]
+            if self.formula is None or _writes(xp):
+                return self.rule.function(xp, (False,) * len(arguments), *arguments, **options)[0]
         # Only the formula can do it: another autograd follows it, or an argument stands for other arrays.
-        assert self.formula is not None
+        if self.formula is None:
+            message = f"{self.__name__} has no formula, so no argument may stand for other arrays; form the array first"
+            raise PeftError(message)
         return self.formula(*arguments, **options)
 
 

@@ -168,6 +168,7 @@ class Traced:
     size = property(lambda self: self.value.size)
     device = property(lambda self: device(self.value))
     mT = property(_unary("matrix_transpose"))
+    real, imag = property(_unary("real")), property(_unary("imag"))
 
     @property
     def T(self) -> Any:

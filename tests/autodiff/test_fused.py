@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from peftarray import ConfigError, PeftError, ShapeError
 from peftarray.arrays import namespace, to_host
-from peftarray.autodiff import fused, value_and_grad
+from peftarray.autodiff import fused, primitive, value_and_grad
 
 
 class Case(NamedTuple):
@@ -200,3 +200,29 @@ def test_what_makes_no_sense_is_refused():
         fused.gelu(q, approximate="fast")
     with pytest.raises(PeftError, match="every target is -100"):
         fused.linear_cross_entropy(np.zeros((2, 3)), np.zeros((5, 3)), np.asarray([-100, -100]))
+
+
+def test_an_operand_that_stands_for_an_array_takes_the_formula():
+    class Weight:
+        __namespace_rank__ = 2
+        __array_ufunc__ = None
+
+        def __init__(self, plain):
+            self.plain = plain
+            self.mT = self
+
+        def __rmatmul__(self, other):
+            return other @ self.plain.T
+
+    random = np.random.default_rng(0)
+    hidden, weight, targets = random.standard_normal((3, 4)), random.standard_normal((5, 4)), np.asarray([0, 4, 2])
+    _, found = value_and_grad(lambda h: fused.linear_cross_entropy(h, Weight(weight), targets), hidden)
+    _, expected = value_and_grad(lambda h: fused.linear_cross_entropy(h, weight, targets), hidden)
+    np.testing.assert_allclose(found, expected, atol=1e-14)
+
+    @primitive
+    def cube(xp, needs, x, w):
+        return x**3, lambda g: (g, None)
+
+    with pytest.raises(PeftError, match="cube has no formula"):
+        value_and_grad(lambda x: np.sum(cube(x, Weight(weight))), hidden)

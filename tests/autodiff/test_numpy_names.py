@@ -66,6 +66,7 @@ CODE = {
         lambda a, b: a.swapaxes(0, 1).dot(b).astype(np.float64).clip(-1, 1).cumsum(axis=1) + a.transpose().copy() @ b,
         lambda a, b: (a.T @ b).clamp(-1, 1).cumsum(1) + a.T @ b,
     ),
+    "complex numbers": (lambda a, b: (a + 1j * b).real * (a * 1j - b).imag, lambda a, b: a * a),
     "in place by name": (lambda a, b: add_in_place(a * 1.0, b), lambda a, b: a + b),
     "NumPy's own numbers": (lambda a, b: np.float64(2.0) * a + np.float32(0.5) * b, lambda a, b: 2 * a + b * 0.5),
     "a NumPy array on the left": (lambda a, b: np.ones((2, 2)) @ a - np.ones(3) * b, lambda a, b: a.sum(0) - b),
