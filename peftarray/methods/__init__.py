@@ -52,7 +52,13 @@ class _Methods(Mapping[str, "type[AdapterConfig]"]):
         found = self._announced().get(kind)
         if found is None:
             raise KeyError(kind)
-        method = found.load()
+        try:
+            method = found.load()
+        except (ImportError, AttributeError) as error:
+            message = (
+                f"peft_type {kind}: {found.value}, which an installed package announces, cannot be imported: {error}"
+            )
+            raise ConfigError(message) from None
         if getattr(method, "peft_type", None) != kind:
             message = (
                 f"the entry point {kind} of the group peftarray.methods names {found.value}, whose peft_type is "
