@@ -154,7 +154,8 @@ class AdaptedLayer(nn.Module):
                     message = f"the {name} of {where} would hold NaN or infinity after merging; the adapter is broken"
                     raise NumberError(message)
             for name, array in effective.items():
-                getattr(self.base_layer, name).data = array.detach()
+                # A new parameter: another layer that shares the old one keeps it.
+                setattr(self.base_layer, name, nn.Parameter(array.detach(), requires_grad=False))
         return self.base_layer
 
     def __getattr__(self, name: str) -> Any:
@@ -234,6 +235,11 @@ class TiedHead(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self._rows = (rows,)  # in a tuple it is no child: its parameters belong to the embedding
+
+    @property
+    def embedding(self) -> Any:
+        """The embedding that it is tied to."""
+        return self._rows[0].base_layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scores, those of the trained rows by the rows that are trained."""

@@ -41,6 +41,7 @@ from peftarray.sites import (
     start_adapters,
     start_tokens,
     with_heads,
+    with_names,
 )
 from peftarray.targets import is_saved, targeted
 
@@ -55,8 +56,8 @@ def adapt_module(
     modules = dict(module.named_modules())
     config = with_heads(config, modules)
     layers = _layers(modules, config)
-    chosen = choose(layers, config, _heads(module, modules))
     _refuse_others(modules, layers, config)
+    chosen = choose(layers, config, _heads(module, modules))
     weights = {name: base_weight(modules[name], layer) for name, layer in layers.items()}
     adapters = start_adapters((layers[name] for name in chosen), config, weights.__getitem__, seed)
     embeddings = {name: layer for name, layer in layers.items() if not is_saved(name, config)}
@@ -64,7 +65,7 @@ def adapt_module(
         embeddings, config, weights.__getitem__, chosen=chosen, embedding=_input_embedding(module, modules)
     )
     saved = saved_modules(modules, config)
-    return PeftModule(module, config, adapters, saved, adapter_name, trainable=True)
+    return PeftModule(module, with_names(config, chosen), adapters, saved, adapter_name, trainable=True)
 
 
 def load_module(
@@ -161,7 +162,9 @@ class PeftModule(nn.Module):
             NumberError: as `safe_merge` asks.
         """
         with torch.no_grad():
-            return self._unwrapped(lambda layer: layer.merged(safe_merge), lambda saved: saved.current)
+            model = self._unwrapped(lambda layer: layer.merged(safe_merge), lambda saved: saved.current)
+        _settle_ties(model)
+        return model
 
     def unload(self) -> nn.Module:
         """The module as it was."""
@@ -254,12 +257,14 @@ class PeftModule(nn.Module):
 
     def _unwrapped(self, layer: Any, saved: Any) -> nn.Module:
         model = self.base_model.model
-        for path, module in list(model.named_modules()):
+        # Tied heads come last: they take what their embeddings have then.
+        for path, module in sorted(model.named_modules(), key=lambda pair: isinstance(pair[1], TiedHead)):
             if isinstance(module, AdaptedLayer) and not path.endswith(TOKENS):
                 _put(model, path, layer(module))
             elif isinstance(module, TokenRows):
                 _put(model, path, layer(module.token_adapter))
             elif isinstance(module, TiedHead):
+                module.base_layer.weight = module.embedding.weight
                 _put(model, path, module.base_layer)
             elif isinstance(module, SavedModule):
                 _put(model, path, saved(module))
@@ -365,6 +370,15 @@ def _put(module: nn.Module, path: str, child: nn.Module) -> None:
 def _plain(name: str) -> str:
     """A parameter's name in the model without wrappers."""
     return ".".join(word for word in name.split(".") if word != "base_layer")
+
+
+def _settle_ties(module: Any) -> None:
+    """Let a model that no longer ties its head to its embedding say so, or it would tie them when it is loaded."""
+    config: Any = getattr(module, "config", None)
+    if getattr(config, "tie_word_embeddings", None) is True:
+        head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
+        if head is not None and head.weight is not embedding.weight:
+            config.tie_word_embeddings = False
 
 
 def _signed(function: Any, module: nn.Module, owner: Any) -> MethodType:

@@ -37,6 +37,7 @@ from peftarray.sites import (
     start_adapters,
     start_tokens,
     with_heads,
+    with_names,
 )
 from peftarray.summary import trainable_summary
 from peftarray.targets import ends_with, is_saved
@@ -97,7 +98,8 @@ def get_peft_model(
     adapters |= start_tokens(embeddings, config, lambda name: arrays[sites[name].tensor], chosen=chosen)
     places = {name: sites[_module(name)] for name in adapters}
     whole = {name: _copied(arrays[name]) for name in _trained_whole(arrays, config, places.values())}
-    return PeftModel(model, {adapter_name: AdapterSet(config, adapters, places, whole)}, adapter_name)
+    found = AdapterSet(with_names(config, chosen), adapters, places, whole)
+    return PeftModel(model, {adapter_name: found}, adapter_name)
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,6 +29,7 @@ __all__ = [
     "start_adapters",
     "start_tokens",
     "with_heads",
+    "with_names",
 ]
 
 TOKENS = ".token_adapter"
@@ -136,6 +137,13 @@ def choose(sites: Mapping[str, Layer], config: AdapterConfig, heads: Iterable[st
             message = f"{name}: {type(config).__name__} has no meaning on {kind} layers; allowed are {', '.join(kinds)}"
             raise ConfigError(message)
     return found
+
+
+def with_names(config: AdapterConfig, chosen: Iterable[str]) -> AdapterConfig:
+    """The configuration with the names of modules in place of `"all-linear"`, which others may read otherwise."""
+    wanted = config.target_modules
+    everything = isinstance(wanted, str) and wanted.lower() == "all-linear"
+    return replace(config, target_modules=sorted(chosen)) if everything else config
 
 
 def heads_among(modules: Iterable[str]) -> set[str]:

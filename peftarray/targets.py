@@ -41,13 +41,7 @@ def is_targeted(name: str, config: AdapterConfig) -> bool:
         >>> is_targeted("model.layers.3.q_proj", LoraConfig(target_modules=["q_proj"], layers_to_transform=[1]))
         False
     """
-    excluded = config.exclude_modules
-    if isinstance(excluded, str):
-        if patterns.fullmatch(excluded, name, "exclude_modules"):
-            return False
-    elif excluded and ends_with(name, excluded):
-        return False
-    if is_saved(name, config):
+    if _is_excluded(name, config):
         return False
     wanted = config.target_modules
     if wanted is None:
@@ -76,7 +70,7 @@ def targeted(modules: Collection[str], config: AdapterConfig, heads: Collection[
         message = f"{type(config).__name__}.target_modules is None; give a pattern, a list of names, or 'all-linear'"
         raise ConfigError(message)
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
-        found = [name for name in modules if name not in heads and not is_saved(name, config)]
+        found = [name for name in modules if name not in heads and not _is_excluded(name, config)]
     else:
         found = [name for name in modules if is_targeted(name, config)]
     if not found:
@@ -87,6 +81,13 @@ def targeted(modules: Collection[str], config: AdapterConfig, heads: Collection[
         )
         raise MatchError(message)
     return found
+
+
+def _is_excluded(name: str, config: AdapterConfig) -> bool:
+    excluded = config.exclude_modules
+    if isinstance(excluded, str) and patterns.fullmatch(excluded, name, "exclude_modules"):
+        return True
+    return (not isinstance(excluded, str) and ends_with(name, excluded or ())) or is_saved(name, config)
 
 
 def _in_layers(name: str, config: AdapterConfig) -> bool:

@@ -39,7 +39,7 @@ CONFIGS: dict[str, AdapterConfig] = {
     "dora": LoraConfig(r=2, use_dora=True, **_TARGETS),
     "vera": VeraConfig(r=4, **_TARGETS),
     "ia3": IA3Config(feedforward_modules=["o_proj"], **_TARGETS),
-    "adalora": AdaLoraConfig(init_r=3, **_TARGETS),
+    "adalora": AdaLoraConfig(init_r=3, total_step=100, **_TARGETS),
     "loha": LoHaConfig(r=2, **_TARGETS),
     "lokr": LoKrConfig(r=2, **_TARGETS),
     "oft": OFTConfig(oft_block_size=4, **_TARGETS),
