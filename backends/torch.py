@@ -117,7 +117,7 @@ def as_trainable(module: Any) -> Any:
 
 def random_state() -> dict[str, Any]:
     """Where torch's own generators are: modules draw their dropout from them."""
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state().numpy(), "cuda": [state.numpy() for state in on_gpus]}
 
 

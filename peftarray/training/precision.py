@@ -14,7 +14,7 @@ from typing import Any
 from peftarray import trees
 from peftarray.arrays import Array, namespace
 from peftarray.errors import ConfigError, UnsupportedError
-from peftarray.settings import Rule, check_settings, number, setting, whole
+from peftarray.settings import Rule, check_settings, number, one_of, setting, whole
 
 __all__ = ["LossScale", "Precision", "precision_of"]
 
@@ -75,8 +75,11 @@ class Precision:
         scale: the loss scale at the start; None where the dtype has float32's range.
     """
 
-    dtype: str
+    dtype: str = setting("float32", one_of("float32", "bfloat16", "float16"))
     scale: LossScale | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def cast(self, tree: Any) -> Any:
         """The tree with its floating arrays in the dtype; as they are for float32, which asks for nothing."""

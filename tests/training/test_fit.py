@@ -18,8 +18,6 @@ from peftarray.training import (
     AdamW,
     Batches,
     Group,
-    LossScale,
-    Precision,
     constant,
     cosine,
     early_stopping,
@@ -245,89 +243,6 @@ def test_a_gradient_that_is_no_number_names_its_array():
 
     with pytest.raises(NumberError, match=r"step 0 is 0.0, and the gradients of root are not finite"):
         fit({"w": np.zeros(3), "root": np.zeros(2)}, loss, [line()], progress=False)
-
-
-class TestFloat16:
-    """On NumPy: the loss scale is a matter of the loop, not of the library."""
-
-    start = {"w": np.zeros(3, np.float32)}  # noqa: RUF012
-
-    def trained(self, scale, batches, **options):
-        history = fit(
-            self.start,
-            squares,
-            batches,
-            optimizer=SGD(0.1),
-            precision=Precision("float16", scale),
-            progress=False,
-            **options,
-        )
-        return history
-
-    def test_a_step_that_overflows_is_skipped_and_said(self, capsys):
-        small = {name: array.astype(np.float32) for name, array in line().items()}
-        large = {name: array * np.float32(100) for name, array in small.items()}
-        history = self.trained(LossScale(2.0**12), [small, large, small])
-        assert history.skipped == [1]
-        assert history.steps == 3
-        again = self.trained(LossScale(2.0**12), [small, small])
-        np.testing.assert_allclose(history.params["w"], again.params["w"], rtol=1e-2)
-        fit(
-            self.start,
-            squares,
-            [small, large, small],
-            optimizer=SGD(0.1),
-            precision=Precision("float16", LossScale(2.0**12)),
-        )
-        said = capsys.readouterr().err
-        assert "step 1 changed nothing: its gradients overflow; loss scale 4096 -> 2048" in said
-
-    def test_it_recovers_from_a_scale_that_is_too_large(self):
-        small = {name: array.astype(np.float32) for name, array in line().items()}
-        history = self.trained(LossScale(2.0**24), [small], steps=60)
-        assert history.skipped == list(range(len(history.skipped)))
-        assert 5 < len(history.skipped) < 20
-        exact = fit(self.start, squares, [small], optimizer=SGD(0.1), steps=60 - len(history.skipped), progress=False)
-        np.testing.assert_allclose(history.params["w"], exact.params["w"], atol=5e-3)
-
-    def test_small_gradients_are_not_lost(self):
-        tiny = {
-            "x": line()["x"].astype(np.float32) * np.float32(1e-3),
-            "y": line()["y"].astype(np.float32) * np.float32(1e-4),
-        }
-        assert not np.any(self.trained(LossScale(1.0), [tiny]).norms[0] > 1e-5)
-        assert self.trained(LossScale(2.0**14), [tiny]).norms[0] == pytest.approx(
-            fit(self.start, squares, [tiny], progress=False).norms[0], rel=1e-2
-        )
-
-    def test_it_ends_where_no_scale_helps(self):
-        bad = {"x": np.full((2, 3), 1e4, np.float32), "y": np.full(2, 1e4, np.float32)}
-        with pytest.raises(NumberError, match="the loss of step 2"):
-            self.trained(LossScale(2.0**10), [bad], steps=50)
-
-
-def test_the_scale_grows_after_good_steps():
-    scale = LossScale(8.0, interval=3)
-    values = [(scale := scale.after(finite)).value for finite in (True, True, True, False, True)]
-    assert values == [8, 8, 16, 8, 8]
-
-
-def test_bfloat16_keeps_float32_parameters(on_numpy):
-    torch = pytest.importorskip("torch")
-    seen = set()
-
-    def loss(params, batch):
-        seen.update(leaf.dtype for leaf in (*trees.leaves(params), *batch.values()))
-        return digits.loss_over(weights)(params, batch)
-
-    weights = digits.moved(lambda x: torch.asarray(x).to(torch.bfloat16), digits.base())
-    batches, start = (digits.moved(torch.asarray, tree) for tree in (digits.batches(), digits.start()))
-    options = RECIPE | {"seed": None}
-    history = fit(start, loss, batches, precision="bf16", **options)
-    exact = fit(digits.start(), digits.loss_over(digits.base()), digits.batches(), **options)
-    assert seen == {torch.bfloat16}
-    assert {leaf.dtype for leaf in trees.leaves(history.params)} == {torch.float32}
-    np.testing.assert_allclose(history.losses, exact.losses, atol=0.05)
 
 
 def test_lines_say_how_it_goes(monkeypatch):
