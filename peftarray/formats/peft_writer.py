@@ -92,7 +92,10 @@ def save_adapters(
             if not _same(tensors.setdefault(key, values), values):
                 message = f"{module}: {key} differs from that of another layer; layers must share one array"
                 raise MatchError(message)
-    tensors |= {_PREFIX + name: to_host(array) for name, array in (replace or {}).items()}
+    for name, array in (replace or {}).items():
+        module, _, local = name.rpartition(".")
+        # In PEFT's wrapped model the tensors of an adapted module lie in the layer that is wrapped.
+        tensors[f"{_PREFIX}{module}.base_layer.{local}" if module in adapters else _PREFIX + name] = to_host(array)
     written = config_to_dict(config) | {"inference_mode": True}
     write_folder(Path(folder), written, tensors)
 
@@ -166,19 +169,19 @@ def _check(config: AdapterConfig, module: str, adapter: Adapter) -> None:
             message = f"{module} has an adapter, and target_modules is {targets!r}, which leaves it out; name it there"
             raise ConfigError(message)
     if adapter.config != method:
-        differ = [
-            f"{item.name} is {getattr(adapter.config, item.name)!r} in the adapter and {getattr(method, item.name)!r}"
-            for item in dataclasses.fields(method)
-            if getattr(adapter.config, item.name, None) != getattr(method, item.name)
-        ]
-        message = (
-            f"{module}: {differ[0] if differ else type(adapter.config).__name__} in the configuration for this name; "
-            f"make it with config.init(weight, name={module!r})"
-        )
+        message = f"{module}: {_difference(adapter.config, method)}; make it with config.init(weight, name={module!r})"
         raise ConfigError(message)
     stored = [name for name, row in method.params(adapter.layer).items() if row.stored]
     shapes = {name: tuple(adapter.params[name].shape) for name in stored if name in adapter.params}
     method.check_shapes(shapes, adapter.layer)
+
+
+def _difference(ours: AdapterConfig, wanted: AdapterConfig) -> str:
+    if type(ours) is not type(wanted):
+        return f"the adapter is of {type(ours).__name__}, and the configuration a {type(wanted).__name__}"
+    values = {item.name: (getattr(ours, item.name), getattr(wanted, item.name)) for item in dataclasses.fields(wanted)}
+    name, (own, other) = next((name, pair) for name, pair in values.items() if pair[0] != pair[1])
+    return f"{name} is {own!r} in the adapter and {other!r} in the configuration for this name"
 
 
 def _stored(module: str, adapter: Adapter) -> dict[str, Array]:
