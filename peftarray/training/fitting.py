@@ -153,7 +153,7 @@ def fit(
         checkpoint_every=checkpoint_every,
         now=start,
     )
-    keep_freed_memory()
+    keep_freed_memory(held=_HELD)
     with nullcontext() if checkpoints is None else checkpoints.locked():
         if checkpoints is not None and checkpoints.files():
             if not resume:
@@ -185,6 +185,8 @@ def _as_trainable(model: Any) -> Trainable:
     return as_trainable(model)
 
 
+# Gradients free all that a step's loss has made, and the next step takes it again.
+_HELD = (1 << 31) - 1
 _above_zero = Rule(lambda value: number(0.0).allows(value) and value > 0, "a finite number above 0")
 _integer = Rule(lambda value: type(value) is int, "a whole number")
 
