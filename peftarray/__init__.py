@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peftarray.adapted_weight import AdaptedWeight as AdaptedWeight
     from peftarray.adapter import Adapter as Adapter
     from peftarray.draws import KeyedDraws as KeyedDraws
     from peftarray.draws import dropout as dropout
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from peftarray.methods import OFTConfig as OFTConfig
     from peftarray.methods import TrainableTokensConfig as TrainableTokensConfig
     from peftarray.methods import VeraConfig as VeraConfig
+    from peftarray.model import PeftModel as PeftModel
+    from peftarray.model import get_peft_model as get_peft_model
     from peftarray.prompted import PromptModel as PromptModel
     from peftarray.prompts import PROMPTS as PROMPTS
     from peftarray.prompts import AdaptionPromptConfig as AdaptionPromptConfig
@@ -86,6 +89,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "adapted_weight": "AdaptedWeight",
     "adapter": "Adapter",
     "draws": "KeyedDraws dropout step_key",
     "errors": "ConfigError FormatError MatchError NumberError OutputError PeftError QualityError ShapeError"
@@ -97,6 +101,7 @@ _HOMES = {
     "method": "AdapterConfig Additive LowRank Param Transform",
     "methods": "METHODS AdaLoraConfig BOFTConfig IA3Config LoHaConfig LoKrConfig LoraConfig OFTConfig"
     " TrainableTokensConfig VeraConfig",
+    "model": "PeftModel get_peft_model",
     "prompted": "PromptModel",
     "prompts": "PROMPTS AdaptionPromptConfig CPTConfig MultitaskPromptTuningConfig PrefixTuningConfig"
     " PromptEncoderConfig PromptTuningConfig",

@@ -135,6 +135,9 @@ def apply_equals_the_weight(trial: Trial) -> None:
     adapter, x, weight = trial.adapter(), trial.inputs(), trial.weight()
     through = contract(x, trial.layer.view(adapter.merge(weight)), trial.layer)
     trial.equal(adapter.forward(x, weight), through, "forward differs from the merged weight")
+    matrix = trial.layer.view(weight)
+    update = trial.method.apply_update(adapter.prepared, x, None if trial.method.adds_apart() else matrix, trial.layer)
+    trial.equal(contract(x, matrix, trial.layer) + update, through, "apply_update is not what apply adds to the base")
     bias = trial.bias()
     if bias is None:
         return
