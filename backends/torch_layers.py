@@ -49,8 +49,15 @@ def layer_of(name: str, module: Any, config: AdapterConfig) -> Layer | None:
 
 
 def base_weight(module: Any, layer: Layer) -> Array:
-    """The weight beside which an adapter is made; where the module stores it packed, one of zeros without memory."""
+    """The weight beside which an adapter is made; where the module stores it packed, one of zeros without memory.
+
+    Raises:
+        UnsupportedError: the weight is not loaded.
+    """
     weight = module.weight
+    if weight.is_meta:
+        message = f"the weight of {layer.name} is on the meta device; load the model's weights first"
+        raise UnsupportedError(message)
     if _is_packed(module, layer):
         return torch.zeros((), device=weight.device).expand(layer.stored_shape)
     return weight.detach()
@@ -189,7 +196,9 @@ class AdaptedLayer(nn.Module):
                 "packed; use a method that adds to the output, such as LoRA"
             )
             raise UnsupportedError(message)
-        return "instead" if is_plain else "within"
+        # Hooks, such as those that move a model's inputs between devices, run with the layer.
+        is_hooked = bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
+        return "instead" if is_plain and not is_hooked else "within"
 
     def _effective(self, adapter: Adapter) -> dict[str, torch.Tensor]:
         touches, base = adapter.config.touches(adapter.layer), self.base_layer

@@ -37,6 +37,7 @@ from peftarray.sites import (
     check_training,
     choose,
     heads_among,
+    module_here,
     saved_modules,
     start_adapters,
     start_tokens,
@@ -79,7 +80,8 @@ def load_module(
     weights |= {f"{name}.weight": base_weight(modules[name], layer) for name, layer in layers.items()}
     found = load_adapters(folder, weights, layers=layers)
     saved = saved_modules(modules, config, strict=False)
-    model = PeftModule(module, config, found.adapters, saved, adapter_name, trainable=is_trainable)
+    adapters = {module_here(path, layers): adapter for path, adapter in found.adapters.items()}
+    model = PeftModule(module, config, adapters, saved, adapter_name, trainable=is_trainable)
     model.replace(found.replace)
     return model
 

@@ -33,6 +33,7 @@ from peftarray.sites import (
     choose,
     find_sites,
     heads_among,
+    module_here,
     saved_modules,
     start_adapters,
     start_tokens,
@@ -40,7 +41,7 @@ from peftarray.sites import (
     with_names,
 )
 from peftarray.summary import trainable_summary
-from peftarray.targets import ends_with, is_saved
+from peftarray.targets import is_saved
 
 __all__ = ["PeftModel", "get_peft_model", "trainable_summary"]
 
@@ -88,7 +89,7 @@ def get_peft_model(
     arrays = dict(trees.named(tree))
     modules = [name.rpartition(".")[0] for name in arrays]
     config = with_heads(config, modules)
-    sites = find_sites(arrays, config, layers or {})
+    sites = find_sites(arrays, config, layers or {}, _model_type(model))
     chosen = choose({name: site.layer for name, site in sites.items()}, config, heads_among(sites))
     saved_modules(modules, config)
     adapters = start_adapters(
@@ -210,6 +211,17 @@ class PeftModel:
         whole = {name: params.get(name, array) for name, array in self._active.whole.items()}
         return self._with(replace(self._active, adapters=adapters, whole=whole))
 
+    def in_precision(self, dtype: str) -> PeftModel:
+        """The same model on a base whose floating-point arrays are in a dtype, such as `"bfloat16"`."""
+
+        def cast(array: Array) -> Array:
+            xp = namespace(array)
+            return xp.astype(array, getattr(xp, dtype)) if xp.isdtype(array.dtype, "real floating") else array
+
+        tree = _weights_of(self.base)
+        weights = trees.refill(tree, [cast(array) for array in trees.leaves(tree)])
+        return replace(self, base=weights if self.base is tree else replace(self.base, weights=weights))
+
     def freeze(self) -> PeftModel:
         """The same model, of which training changes nothing."""
         return self._with(replace(self._active, trainable=False))
@@ -298,17 +310,14 @@ class PeftModel:
             )
         arrays = dict(trees.named(tree))
         config = read_config(Path(folder))
-        sites = find_sites(arrays, config, layers or {})
+        sites = find_sites(arrays, config, layers or {}, _model_type(model))
         named = {site.tensor: f"{module}.weight" for module, site in sites.items() if not is_saved(module, config)}
         saved = load_adapters(
             folder,
             {named.get(name, name): array for name, array in arrays.items()},
             layers={module: site.layer for module, site in sites.items()},
         )
-        adapters = {}
-        for path, adapter in saved.adapters.items():
-            module = _module_here(_module(path), sites) + path[len(_module(path)) :]
-            adapters[module] = adapter
+        adapters = {module_here(path, sites): adapter for path, adapter in saved.adapters.items()}
         order = {name: place for place, name in enumerate(sites)}
         adapters = dict(sorted(adapters.items(), key=lambda pair: (TOKENS in pair[0], order[_module(pair[0])])))
         places = {name: sites[_module(name)] for name in adapters}
@@ -360,6 +369,12 @@ def _weights_of(model: Any) -> Any:
     return weights if isinstance(weights, (Mapping, list, tuple)) else None
 
 
+def _model_type(model: Any) -> str | None:
+    """The architecture, where the model says it."""
+    found = getattr(getattr(model, "config", None), "model_type", None)
+    return found if isinstance(found, str) else None
+
+
 def _backend_of_module(model: Any) -> Any:
     """The backend that adapts modules of this type."""
     libraries = [kind.__module__.partition(".")[0] for kind in type(model).__mro__]
@@ -378,15 +393,6 @@ def _backend_of_module(model: Any) -> Any:
 def _module(name: str) -> str:
     """The module that an adapter is on, from its key."""
     return name.removesuffix(TOKENS)
-
-
-def _module_here(path: str, sites: Mapping[str, Site]) -> str:
-    """The module of the model that a file calls `path`: models with a head have a prefix before the names of others."""
-    found = [path] if path in sites else [name for name in sites if ends_with(path, [name]) or ends_with(name, [path])]
-    if len(found) != 1:
-        message = f"the adapter is on {path}, which {len(found)} modules of the model may be{nearest(path, sites)}"
-        raise MatchError(message)
-    return found[0]
 
 
 def _trained_whole(arrays: Mapping[str, Array], config: AdapterConfig, sites: Iterable[Site]) -> list[str]:

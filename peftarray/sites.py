@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from peftarray.adapter import Adapter
 from peftarray.arrays import Array, namespace
 from peftarray.errors import ConfigError, MatchError, UnsupportedError, nearest
-from peftarray.formats.models import input_embedding_names, output_embedding_names
+from peftarray.formats.models import input_embedding_names, is_conv1d, output_embedding_names
 from peftarray.layers import Layer, Peers
 from peftarray.method import AdapterConfig
 from peftarray.methods import TrainableTokensConfig
@@ -24,6 +24,7 @@ __all__ = [
     "find_sites",
     "heads_among",
     "input_embedding",
+    "module_here",
     "placed",
     "saved_modules",
     "start_adapters",
@@ -37,6 +38,10 @@ TOKENS = ".token_adapter"
 
 Config = TypeVar("Config", AdapterConfig, VirtualTokens)
 
+_OTHER_EMBEDDINGS = (
+    *("wpe", "embed_positions", "position_embeddings", "token_type_embeddings"),
+    "relative_attention_bias",
+)
 _TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -61,19 +66,22 @@ class Site:
     bias: str | None = None
 
 
-def find_sites(arrays: Mapping[str, Array], config: AdapterConfig, layers: Mapping[str, Layer]) -> dict[str, Site]:
+def find_sites(
+    arrays: Mapping[str, Array], config: AdapterConfig, layers: Mapping[str, Layer], model_type: str | None = None
+) -> dict[str, Site]:
     """module -> its weight, for every array of a mapping that may be a layer's.
 
     `<module>.weight` is stored `(out, in)`, or as an embedding `(vocab, dim)` where the module has an embedding's name;
     Flax's `<module>.kernel` is `(in, out)`, and `<module>.embedding` an embedding. Any other matrix is a module of its
-    own name. Where the mapping does not tell, the configuration's `fan_in_fan_out` does, and `layers` outranks both.
+    own name. Where the mapping does not tell, the architecture does if `model_type` names a known one, then the
+    configuration's `fan_in_fan_out`; `layers` outranks all.
 
     Raises:
         MatchError: `layers` names a module that is not there.
     """
     found = {}
     for tensor, array in arrays.items():
-        site = _site(tensor, array, config, layers)
+        site = _site(tensor, array, config, layers, model_type)
         if site is not None:
             bias = f"{site.layer.name}.bias"
             has_bias = bias in arrays and tensor != site.layer.name
@@ -86,7 +94,9 @@ def find_sites(arrays: Mapping[str, Array], config: AdapterConfig, layers: Mappi
     return found
 
 
-def _site(tensor: str, array: Array, config: AdapterConfig, layers: Mapping[str, Layer]) -> Site | None:
+def _site(
+    tensor: str, array: Array, config: AdapterConfig, layers: Mapping[str, Layer], model_type: str | None
+) -> Site | None:
     head, _, last = tensor.rpartition(".")
     named = head and last in (_TORCH, _FLAX, _FLAX_EMBEDDING)
     module = head if named else tensor
@@ -95,12 +105,14 @@ def _site(tensor: str, array: Array, config: AdapterConfig, layers: Mapping[str,
         return None
     if module in layers:
         return Site(tensor, replace(layers[module], name=module))
-    is_embedding = last == _FLAX_EMBEDDING or (last == _TORCH and ends_with(module, input_embedding_names(None)))
+    tables = (*input_embedding_names(model_type), *_OTHER_EMBEDDINGS)
+    is_embedding = last == _FLAX_EMBEDDING or (last == _TORCH and ends_with(module, tables))
     if named and is_embedding and len(shape) == 2:
         flip = config.embedding_transposed
         return Site(tensor, Layer(module, "embedding", shape[::-1] if flip else shape, transposed=flip))
     if len(shape) == 2:
-        flip = last == _FLAX or (last != _FLAX_EMBEDDING and config.stored_in_out())
+        known = is_conv1d(model_type, module)
+        flip = last == _FLAX or (config.stored_in_out() if known is None else known)
         return Site(tensor, Layer(module, "linear", shape[::-1] if flip else shape, transposed=flip))
     # Flax stores its other kernels with the axes in another order, and a bare array is no convolution.
     return Site(tensor, Layer(module, "conv", shape)) if named and last == _TORCH and len(shape) <= 5 else None
@@ -149,6 +161,22 @@ def with_names(config: AdapterConfig, chosen: Iterable[str]) -> AdapterConfig:
 def heads_among(modules: Iterable[str]) -> set[str]:
     """Output layers, by the names that they have in known architectures."""
     return {name for name in modules if ends_with(name, output_embedding_names(None))}
+
+
+def module_here(path: str, modules: Collection[str]) -> str:
+    """The module of a model that a file calls `path`: those with a head have a prefix before the names of others.
+
+    A path may end in `TOKENS`, and so does then what is returned.
+
+    Raises:
+        MatchError: no module is meant, or several may be.
+    """
+    plain = path.removesuffix(TOKENS)
+    found = [plain] if plain in modules else [m for m in modules if ends_with(plain, [m]) or ends_with(m, [plain])]
+    if len(found) != 1:
+        message = f"the adapter is on {plain}, which {len(found)} modules of the model may be{nearest(plain, modules)}"
+        raise MatchError(message)
+    return found[0] + path[len(plain) :]
 
 
 def input_embedding(modules: Iterable[str]) -> str | None:

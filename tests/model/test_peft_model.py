@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -176,6 +178,45 @@ def test_bare_names_and_the_other_orientation(asarray, to_numpy):
     x, now = asarray(draw.standard_normal((2, 4))), model.weights
     assert (x @ now["w1"] @ now["w2"]).shape == (2, 3)
     assert now["w1"].materialised == now["w2"].materialised == 0
+
+
+@dataclass(frozen=True)
+class Gpt2:
+    """A model as an object: what it is, its weights, and a function of them."""
+
+    weights: dict[str, Any]
+    config: Any = field(default_factory=lambda: SimpleNamespace(model_type="gpt2"))
+
+    def __call__(self, weights: dict[str, Any], x: Any) -> Any:
+        return x @ weights["h.0.attn.c_attn.weight"]
+
+
+def test_a_model_tells_its_architecture(asarray, to_numpy, tmp_path):
+    """GPT-2 stores its layers `(in, out)`."""
+    draw = np.random.default_rng(0)
+    base = Gpt2({"h.0.attn.c_attn.weight": asarray(draw.standard_normal((4, 12)))})
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"]))
+    model.params = moved(model.params, asarray, to_numpy)
+    assert model.params["h.0.attn.c_attn.lora_A"].shape == (2, 4)
+    x = asarray(draw.standard_normal((3, 4)))
+    merged = model.merge_and_unload()
+    assert isinstance(merged, Gpt2)
+    np.testing.assert_allclose(to_numpy(model(x)), to_numpy(merged(merged.weights, x)), atol=1e-12)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base, tmp_path)
+    np.testing.assert_array_equal(to_numpy(again(x)), to_numpy(model(x)))
+
+
+def test_a_file_of_a_model_with_a_head_fits_one_without(base, asarray, to_numpy, tmp_path):
+    model = get_peft_model(base, CONFIGS["lora"])
+    model.params = moved(model.params, asarray, to_numpy)
+    model.save_pretrained(tmp_path)
+    inner = {name.removeprefix("model."): array for name, array in base.items() if name.startswith("model.")}
+    again = PeftModel.from_pretrained(inner, tmp_path)
+    for name, adapter in again.adapters.items():
+        wanted = model.adapters[f"model.{name}"]
+        np.testing.assert_array_equal(to_numpy(adapter.params["lora_B"]), to_numpy(wanted.params["lora_B"]))
+    assert len(again.adapters) == 6
 
 
 def test_layers_say_what_names_do_not(asarray):

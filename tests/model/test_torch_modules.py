@@ -191,6 +191,19 @@ def test_a_layer_of_its_own_keeps_its_ways(config):
     torch.testing.assert_close(ours.merge_and_unload()(IDS), wanted, atol=1e-10, rtol=1e-8)
 
 
+@pytest.mark.parametrize("config", [CONFIGS["lora"], CONFIGS["dora"], CONFIGS["oft"]], ids=["lora", "dora", "oft"])
+def test_hooks_of_a_layer_run(config):
+    net, seen = Net(), []
+    net.model.layers[0]["self_attn"].q_proj.register_forward_pre_hook(lambda module, inputs: seen.append(module))
+    randomise(get_peft_model(net, config))(IDS)
+    assert len(seen) == 1
+
+
+def test_a_model_that_is_not_loaded_is_refused():
+    with pytest.raises(UnsupportedError, match="load the model's weights first"):
+        get_peft_model(Net().to("meta"), CONFIGS["lora"])
+
+
 def test_a_packed_weight_is_left_to_its_layer():
     def packed() -> Any:
         net = Net().float()
