@@ -33,6 +33,7 @@ __all__ = ["SavedAdapters", "load_adapters", "save_adapters"]
 _SHARED = "base_model."
 _PREFIX = "base_model.model."
 _TOKENS = ".token_adapter"
+_OUT_PROJECTION = ".base_layer.out_proj"
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,9 @@ def _with_targets(config: AdapterConfig, adapters: Mapping[str, Adapter]) -> Ada
         raise ConfigError(message)
     if config.target_modules is not None or config.parameters_adapted():
         return config
-    return dataclasses.replace(config, target_modules=sorted(name for name in adapters if not name.endswith(_TOKENS)))
+    return dataclasses.replace(
+        config, target_modules=sorted(name for name in adapters if not name.endswith((_TOKENS, _OUT_PROJECTION)))
+    )
 
 
 def _check(config: AdapterConfig, module: str, adapter: Adapter) -> None:
@@ -162,10 +165,12 @@ def _check(config: AdapterConfig, module: str, adapter: Adapter) -> None:
         rows = config.token_rows(module.removesuffix(_TOKENS), is_input=True)
         method: AdapterConfig = TrainableTokensConfig(token_indices=list(rows)).at(module)
     else:
-        method = config.at(module)
+        # PEFT adds the update of an attention's output projection in two wrappers, the attention's and its own.
+        target = module.removesuffix(_OUT_PROJECTION)
+        method = config.at(target) if target == module else config.at(target).applied_twice()
         targets = config.target_modules
         everything = isinstance(targets, str) and targets.lower() == "all-linear"
-        if not everything and not is_targeted(module, config):
+        if not everything and not is_targeted(target, config):
             message = f"{module} has an adapter, and target_modules is {targets!r}, which leaves it out; name it there"
             raise ConfigError(message)
     if adapter.config != method:

@@ -210,6 +210,31 @@ class TestWithPeft:
 
         return Reader()
 
+    def test_attention_of_torch(self, tmp_path):
+        """Its output projection has an adapter of its own, in the wrapper of a wrapper, which counts twice."""
+        torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+        torch.manual_seed(0)
+
+        class Attending(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.attention = torch.nn.MultiheadAttention(6, 2)
+
+            def forward(self, x):
+                return self.attention(x, x, x)[0]
+
+        model, x = Attending().eval(), torch.randn(3, 2, 6)
+        live = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["attention"]))
+        for parameter in live.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter)
+        live.save_pretrained(tmp_path / "peft")
+        weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+        loaded = pa.load_adapters(tmp_path / "peft", weights)
+        pa.save_adapters(tmp_path / "ours", loaded.config, loaded.adapters)
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+        assert torch.equal(again(x), live.eval()(x))
+
     @pytest.mark.parametrize(
         "settings",
         [
