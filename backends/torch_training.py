@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,13 +19,14 @@ class TrainableModule:
 
     Args:
         module: with parameters that require a gradient; the others stay as they are.
+        dtype: that of torch's autocast; None computes as it is.
 
     Raises:
         ConfigError: none of its parameters does.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
+        self._module, self._dtype = module, dtype
         if not self.params:
             message = f"no parameter of {type(module).__name__} requires a gradient; give it an adapter, or unfreeze it"
             raise ConfigError(message)
@@ -42,17 +44,36 @@ class TrainableModule:
 
     def with_params(self, params: Mapping[str, torch.Tensor]) -> WithParams:
         """The module, called with other tensors in place of these parameters."""
-        return WithParams(self._module, params)
+        return WithParams(self._module, params, self._dtype)
+
+    def in_precision(self, dtype: str) -> TrainableModule:
+        """The same under torch's autocast."""
+        return TrainableModule(self._module, getattr(torch, dtype))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The module, and all within it, are in evaluation mode here."""
+        modes = {module: module.training for module in self._module.modules()}
+        self._module.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
 
 
 class WithParams:
     """A module to be called with other parameters. What else one asks of it, it has from the module."""
 
-    def __init__(self, module: nn.Module, params: Mapping[str, torch.Tensor]) -> None:
-        self._module, self._params = module, dict(params)
+    def __init__(self, module: nn.Module, params: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
+        self._module, self._params, self._dtype = module, dict(params), dtype
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return torch.func.functional_call(self._module, self._params, arguments, options)
+        if self._dtype is None:
+            return torch.func.functional_call(self._module, self._params, arguments, options)
+        device = next(iter(self._params.values())).device.type
+        with torch.autocast(device, dtype=self._dtype):
+            return torch.func.functional_call(self._module, self._params, arguments, options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)

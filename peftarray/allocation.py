@@ -1,7 +1,7 @@
 """glibc's allocator, told to keep what is freed: temporaries of a tile are then reused, still warm, and not returned.
 
 Without it each large NumPy temporary is mapped anew and faulted in page by page. A program's whole process is
-concerned, so only commands call this, never an import. `PEFTARRAY_MALLOC=0` turns it off.
+concerned, so only commands and training loops call this, never an import. `PEFTARRAY_MALLOC=0` turns it off.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,7 +22,7 @@ from peftarray.training.optimizers import AdamW
 from peftarray.training.precision import Precision, precision_of
 from peftarray.training.progress import training_progress
 from peftarray.training.schedules import Schedule, constant
-from peftarray.training.step import Now, Recipe, Stepper
+from peftarray.training.step import Recipe, Stepper
 
 __all__ = ["Trainable", "fit"]
 
@@ -39,6 +39,22 @@ class Trainable(Protocol):
 
     def with_params(self, params: Any) -> Any:
         """The model with other arrays in that tree, as the loss gets it. They may be traced, so nothing is copied."""
+
+
+@runtime_checkable
+class InPrecision(Protocol):
+    """A `Trainable` that knows how to compute in a shorter dtype than its weights have."""
+
+    def in_precision(self, dtype: str) -> Any:
+        """The model computing in a dtype, such as `"bfloat16"`, as `fit` trains it."""
+
+
+@runtime_checkable
+class Evaluated(Protocol):
+    """A `Trainable` that must be told when nothing is to be dropped."""
+
+    def evaluating(self) -> AbstractContextManager[Any]:
+        """In this context it drops nothing."""
 
 
 def fit(
@@ -78,8 +94,9 @@ def fit(
         schedule: what the rate is multiplied by at each step; 1 if None.
         steps: how often the parameters change; None for all of `epochs`.
         epochs: how often all batches are gone through; one if neither is given. Whichever ends first ends the training.
-        precision: `"fp32"`, `"bf16"` or `"fp16"`: what `loss` is given its parameters and its batch in. Weights that it
-            brings along should be in the same. In fp16 the loss is scaled; a step whose gradients overflow is skipped.
+        precision: `"fp32"`, `"bf16"` or `"fp16"`: what `loss` is given its parameters and its batch in. A `PeftModel`'s
+            base follows, and a module computes under torch's autocast; other weights that the loss brings along should
+            be in the same. In fp16 the loss is scaled; a step whose gradients overflow is skipped.
         frozen: names of arrays or branches of a tree that stay as they are.
         clip_norm: the largest norm of all gradients together.
         clip_value: the largest absolute value in them; applied first.
@@ -135,10 +152,11 @@ def fit(
     recipe.schedule(0)  # which says if it lacks the number of steps
     recipe.precision.check(chosen.arrays[0])
     backend = load_backend(backend_of(*chosen.arrays))
-    of_tree = loss if is_tree else lambda params, *others: loss(model.with_params(params), *others)
+    short = recipe.precision.dtype
+    ready = model.in_precision(short) if isinstance(model, InPrecision) and short != "float32" else model
+    of_tree = loss if is_tree else lambda params, *others: loss(ready.with_params(params), *others)
     stepper = Stepper(of_tree, chosen, recipe, backend, backend.COMPILES if compile is None else compile)
-    start = stepper.start()
-    checkpoints = None if checkpoint_dir is None else Checkpoints(checkpoint_dir, _setup(recipe, start))
+    checkpoints = None if checkpoint_dir is None else Checkpoints(checkpoint_dir, _setup(recipe, chosen))
     loop = Loop(
         stepper=stepper,
         recipe=recipe,
@@ -151,7 +169,8 @@ def fit(
         callbacks=callbacks,
         checkpoints=checkpoints,
         checkpoint_every=checkpoint_every,
-        now=start,
+        now=stepper.start(),
+        evaluating=ready.evaluating if isinstance(ready, Evaluated) else nullcontext,
     )
     keep_freed_memory(held=_HELD)
     with nullcontext() if checkpoints is None else checkpoints.locked():
@@ -209,7 +228,8 @@ def _total(batches: Source, steps: int | None, epochs: int | None, accumulate: i
     return min(known) if known else None
 
 
-def _setup(recipe: Recipe, start: Now) -> dict[str, Any]:
+def _setup(recipe: Recipe, chosen: Chosen) -> dict[str, Any]:
     """What must be the same for a training to go on from a checkpoint."""
-    arrays = {name: [str(array.dtype).rpartition(".")[2], *array.shape] for name, array in start.trained.items()}
-    return recipe.described() | {"arrays": arrays}
+    names = [chosen.names[place] for place in chosen.places]
+    kinds = [[str(array.dtype).rpartition(".")[2], *array.shape] for array in chosen.arrays]
+    return recipe.described() | {"arrays": dict(zip(names, kinds, strict=True))}

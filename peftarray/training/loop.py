@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +39,7 @@ class Loop:
         checkpoints: where they go, if anywhere.
         checkpoint_every: steps from one to the next.
         now, position: where it is.
+        evaluating: in this context the model drops nothing.
         history: what it did.
     """
 
@@ -53,6 +55,7 @@ class Loop:
     checkpoints: Checkpoints | None
     checkpoint_every: int
     now: Now
+    evaluating: Callable[[], AbstractContextManager[Any]] = nullcontext
     position: Position = field(default_factory=Position)
     history: History = field(default_factory=History)
 
@@ -163,7 +166,9 @@ class Loop:
             return False
         due = epoch_ends if self.eval_every is None else self.now.step % self.eval_every == 0
         if due or self.done:
-            self.history.evaluations.append((self.now.step, self.stepper.evaluate(self.now, self.eval_batches)))
+            with self.evaluating():
+                loss = self.stepper.evaluate(self.now, self.eval_batches)
+            self.history.evaluations.append((self.now.step, loss))
         return due or self.done
 
 
