@@ -23,7 +23,11 @@ _GROUP = "peftarray.backends"
 
 
 class Backend(Protocol):
-    """What the module of a backend has. Trees are arrays in nested dicts, lists and tuples."""
+    """What the module of a backend has. Trees are arrays in nested dicts, lists and tuples.
+
+    A library with modules of its own may bring more: `adapt_module` and `load_module` for `get_peft_model` and
+    `PeftModel.from_pretrained`, `as_trainable` for `fit`.
+    """
 
     COMPILES: bool
     """Whether a training loop compiles unless it is told not to."""
