@@ -16,7 +16,7 @@ from peftarray import trees
 from peftarray.adapted_weight import adapted
 from peftarray.adapter import Adapter
 from peftarray.arrays import Array, namespace
-from peftarray.backend import backend_names, load_backend
+from peftarray.bases import backend_of_module, model_type_of, weights_of
 from peftarray.draws import dropout
 from peftarray.errors import ConfigError, MatchError, NumberError, nearest
 from peftarray.formats.peft_config import read_config
@@ -83,13 +83,13 @@ def get_peft_model(
     if isinstance(config, Prompt):
         return PromptModel.create(model, config, seed=seed)
     check_training(config)
-    tree = _weights_of(model)
+    tree = weights_of(model)
     if tree is None:
-        return _backend_of_module(model).adapt_module(model, config, seed=seed, adapter_name=adapter_name)
+        return backend_of_module(model).adapt_module(model, config, seed=seed, adapter_name=adapter_name)
     arrays = dict(trees.named(tree))
     modules = [name.rpartition(".")[0] for name in arrays]
     config = with_heads(config, modules)
-    sites = find_sites(arrays, config, layers or {}, _model_type(model))
+    sites = find_sites(arrays, config, layers or {}, model_type_of(model))
     chosen = choose({name: site.layer for name, site in sites.items()}, config, heads_among(sites))
     saved_modules(modules, config)
     adapters = start_adapters(
@@ -218,7 +218,7 @@ class PeftModel:
             xp = namespace(array)
             return xp.astype(array, getattr(xp, dtype)) if xp.isdtype(array.dtype, "real floating") else array
 
-        tree = _weights_of(self.base)
+        tree = weights_of(self.base)
         weights = trees.refill(tree, [cast(array) for array in trees.leaves(tree)])
         return replace(self, base=weights if self.base is tree else replace(self.base, weights=weights))
 
@@ -232,7 +232,7 @@ class PeftModel:
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many numbers training changes, and how many there are."""
-        total = sum(math.prod(array.shape) for array in trees.leaves(_weights_of(self.base)) if hasattr(array, "shape"))
+        total = sum(math.prod(array.shape) for array in trees.leaves(weights_of(self.base)) if hasattr(array, "shape"))
         seen: dict[int, Array] = {id(a): a for adapter in self.adapters.values() for a in adapter.params.values()}
         seen |= {id(array): array for array in self._active.whole.values()}
         total += sum(math.prod(array.shape) for array in seen.values())
@@ -260,7 +260,7 @@ class PeftModel:
                 if not bool(xp.all(xp.isfinite(array))):
                     message = f"{name} would hold NaN or infinity after merging; the adapter is broken, or its scale is"
                     raise NumberError(message)
-        return merged if self.base is _weights_of(self.base) else replace(self.base, weights=merged)
+        return merged if self.base is weights_of(self.base) else replace(self.base, weights=merged)
 
     def unload(self) -> Any:
         """The base, as it was given."""
@@ -303,14 +303,14 @@ class PeftModel:
         """
         if holds_prompt(folder):
             return PromptModel.from_pretrained(model, folder, is_trainable=is_trainable)
-        tree = _weights_of(model)
+        tree = weights_of(model)
         if tree is None:
-            return _backend_of_module(model).load_module(
+            return backend_of_module(model).load_module(
                 model, folder, adapter_name=adapter_name, is_trainable=is_trainable
             )
         arrays = dict(trees.named(tree))
         config = read_config(Path(folder))
-        sites = find_sites(arrays, config, layers or {}, _model_type(model))
+        sites = find_sites(arrays, config, layers or {}, model_type_of(model))
         named = {site.tensor: f"{module}.weight" for module, site in sites.items() if not is_saved(module, config)}
         saved = load_adapters(
             folder,
@@ -345,7 +345,7 @@ class PeftModel:
                     yield row.shared or f"{module}.{key}", module, key
 
     def _weights(self, make: Callable[[Adapter, Array], Any]) -> Any:
-        tree = _weights_of(self.base)
+        tree = weights_of(self.base)
         arrays = dict(trees.named(tree)) | dict(self._active.whole)
         for module, site in self._active.sites.items():
             adapter, base = self.adapters[module], arrays[site.tensor]
@@ -359,35 +359,6 @@ class PeftModel:
 
     def _with(self, changed: AdapterSet) -> PeftModel:
         return replace(self, sets={**self.sets, self.active_adapter: changed})
-
-
-def _weights_of(model: Any) -> Any:
-    """The tree of arrays that a model is or has; None where it is a module of a library's own."""
-    if isinstance(model, (Mapping, list, tuple)):
-        return model
-    weights = getattr(model, "weights", None)
-    return weights if isinstance(weights, (Mapping, list, tuple)) else None
-
-
-def _model_type(model: Any) -> str | None:
-    """The architecture, where the model says it."""
-    found = getattr(getattr(model, "config", None), "model_type", None)
-    return found if isinstance(found, str) else None
-
-
-def _backend_of_module(model: Any) -> Any:
-    """The backend that adapts modules of this type."""
-    libraries = [kind.__module__.partition(".")[0] for kind in type(model).__mro__]
-    for name in backend_names():
-        if name in libraries:
-            backend = load_backend(name)
-            if hasattr(backend, "adapt_module"):
-                return backend
-    message = (
-        f"the model is a {type(model).__name__}; give a mapping of names to arrays, an object with such weights, or a "
-        "torch.nn.Module"
-    )
-    raise ConfigError(message)
 
 
 def _module(name: str) -> str:

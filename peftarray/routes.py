@@ -94,7 +94,7 @@ def _tensordot(a: Any, b: Any, axes: Any = 2, *, dims: Any = None, out: None = N
 def _einsum(subscripts: str, /, *operands: Any, **options: Any) -> Array:
     """`...i,oi->...o` and its like: one axis of the weight is summed with the last of the other operand."""
     given = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
-    _refuse_unless(isinstance(subscripts, str) and len(given) == 2 and options.get("out") is None)
+    _refuse_unless(isinstance(subscripts, str) and len(given) == 2 and set(options) <= {"optimize"})
     left, _, result = subscripts.replace(" ", "").partition("->")
     terms = left.split(",")
     _refuse_unless(len(terms) == 2)

@@ -207,7 +207,7 @@ class StandIn(Weight):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         name = str(function.__name__)  # by `str`, torch's compiler knows it for a string
-        if name.endswith("_") and not name.endswith("__") and isinstance(arguments[0], StandIn):
+        if name.endswith("_") and not name.endswith("__") and any(isinstance(a, StandIn) for a in arguments[:1]):
             _in_place(arguments[0])
         return cls._call(name, function, arguments, options or {})
 
