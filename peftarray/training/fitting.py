@@ -63,7 +63,7 @@ def fit(
     batches: Source,
     *,
     optimizer: Optimizer | None = None,
-    schedule: Schedule | None = None,
+    schedule: Schedule | Callable[[int], float] | None = None,
     steps: int | None = None,
     epochs: int | None = None,
     precision: str | Precision = "fp32",
@@ -91,7 +91,7 @@ def fit(
         batches: what can be gone through again: a list, `Batches`, a data loader; or a function from the number of an
             epoch to its batches, which must be the same each time it is asked.
         optimizer: AdamW if None.
-        schedule: what the rate is multiplied by at each step; 1 if None.
+        schedule: what the rate is multiplied by at each step, counted from 0; 1 if None.
         steps: how often the parameters change; None for all of `epochs`.
         epochs: how often all batches are gone through; one if neither is given. Whichever ends first ends the training.
         precision: `"fp32"`, `"bf16"` or `"fp16"`: what `loss` is given its parameters and its batch in. A `PeftModel`'s
@@ -102,7 +102,7 @@ def fit(
         clip_value: the largest absolute value in them; applied first.
         accumulate: batches whose mean gradient makes a step.
         seed: if given, `loss(params, batch, key)` is called with a key for each batch, from which `dropout` draws.
-        callbacks: called after each step; a text that one returns ends the training.
+        callbacks: called after each step, when a model has its parameters; a text that one returns ends the training.
         eval_batches: batches of which the mean loss is recorded, without changing anything.
         eval_every: steps from one evaluation to the next; each epoch if None. The last step is always followed by one.
         checkpoint_dir: a folder for checkpoints. A training that was killed goes on from the newest, and makes the same
@@ -135,6 +135,9 @@ def fit(
     _check("seed", optional(_integer), seed)
     _check("resume progress", boolean, resume, progress)
     _check("compile", optional(boolean), compile)
+    _check("optimizer", optional(_optimizer), optimizer)
+    _check("batches eval_batches", _several, batches, eval_batches)
+    _check("callbacks", _callbacks, callbacks)
     is_tree = isinstance(model, (Mapping, list, tuple))
     model = model if is_tree else _as_trainable(model)
     epochs = 1 if steps is None and epochs is None else epochs
@@ -142,7 +145,7 @@ def fit(
     chosen = Chosen(model if is_tree else model.params, frozen)
     recipe = Recipe(
         optimizer=AdamW() if optimizer is None else optimizer,
-        schedule=(constant() if schedule is None else schedule).over(total),
+        schedule=_as_schedule(schedule).over(total),
         precision=precision_of(precision),
         clip_norm=clip_norm,
         clip_value=clip_value,
@@ -155,6 +158,11 @@ def fit(
     short = recipe.precision.dtype
     ready = model.in_precision(short) if isinstance(model, InPrecision) and short != "float32" else model
     of_tree = loss if is_tree else lambda params, *others: loss(ready.with_params(params), *others)
+
+    def publish(params: Any) -> None:
+        if not is_tree:
+            model.params = params
+
     stepper = Stepper(of_tree, chosen, recipe, backend, backend.COMPILES if compile is None else compile)
     checkpoints = None if checkpoint_dir is None else Checkpoints(checkpoint_dir, _setup(recipe, chosen))
     loop = Loop(
@@ -170,6 +178,7 @@ def fit(
         checkpoints=checkpoints,
         checkpoint_every=checkpoint_every,
         now=stepper.start(),
+        publish=publish,
         evaluating=ready.evaluating if isinstance(ready, Evaluated) else nullcontext,
     )
     keep_freed_memory(held=_HELD)
@@ -185,8 +194,7 @@ def fit(
         finally:
             history = loop.history
             history.params, history.state = stepper.tree(loop.now.trained), loop.now.state
-            if not is_tree:
-                model.params = history.params
+            publish(history.params)
     return history
 
 
@@ -207,13 +215,28 @@ def _as_trainable(model: Any) -> Trainable:
 # Gradients free all that a step's loss has made, and the next step takes it again.
 _HELD = (1 << 31) - 1
 _above_zero = Rule(lambda value: number(0.0).allows(value) and value > 0, "a finite number above 0")
+_optimizer = Rule(lambda value: isinstance(value, Optimizer), "one of peftarray, such as AdamW(1e-3)")
+_several = Rule(lambda value: not isinstance(value, Mapping), "a list of batches, not a single one")
+_callbacks = Rule(
+    lambda value: isinstance(value, (list, tuple)) and all(map(callable, value)), "a list of functions of a Moment"
+)
 _integer = Rule(lambda value: type(value) is int, "a whole number")
+
+
+def _as_schedule(schedule: Schedule | Callable[[int], float] | None) -> Schedule:
+    """A function of the step as a schedule without a warm-up, or what is given."""
+    if schedule is None or isinstance(schedule, Schedule):
+        return schedule or constant()
+    _check("schedule", Rule(callable, "a Schedule, such as cosine(warmup=10), or a function of the step"), schedule)
+    name = getattr(schedule, "__qualname__", type(schedule).__qualname__)
+    return Schedule(name=name, needs_total=False, curve=lambda step, *_: float(schedule(step)))
 
 
 def _check(names: str, rule: Rule, *values: object) -> None:
     for name, value in zip(names.split(), values, strict=True):
         if not rule.allows(value):
-            message = f"{name} of fit is {value!r}; it must be {rule.words}"
+            words = repr(value)
+            message = f"{name} of fit is {words[:77] + '...' if len(words) > 80 else words}; it must be {rule.words}"
             raise ConfigError(message)
 
 

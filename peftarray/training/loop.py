@@ -39,6 +39,7 @@ class Loop:
         checkpoints: where they go, if anywhere.
         checkpoint_every: steps from one to the next.
         now, position: where it is.
+        publish: gives whoever looks on the parameters.
         evaluating: in this context the model drops nothing.
         history: what it did.
     """
@@ -55,6 +56,7 @@ class Loop:
     checkpoints: Checkpoints | None
     checkpoint_every: int
     now: Now
+    publish: Callable[[Any], None]
     evaluating: Callable[[], AbstractContextManager[Any]] = nullcontext
     position: Position = field(default_factory=Position)
     history: History = field(default_factory=History)
@@ -112,7 +114,9 @@ class Loop:
     def _show(self, epoch: int, evaluated: bool) -> None:
         """Let everybody look on; a reason of any of them ends the training."""
         if self.callbacks:
-            moment = Moment(self.now.step, epoch, self.stepper.tree(self.now.trained), evaluated, self.history)
+            params = self.stepper.tree(self.now.trained)
+            self.publish(params)
+            moment = Moment(self.now.step, epoch, params, evaluated, self.history)
             reasons = [callback(moment) for callback in self.callbacks]
             self.history.stopped = ", ".join(reason for reason in reasons if reason)
 

@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from peftarray import patterns, trees
 from peftarray.arrays import Array, namespace, stop_gradient, wide
@@ -82,6 +82,7 @@ class At(NamedTuple):
     decay: float
 
 
+@runtime_checkable
 class Optimizer(Protocol):
     """What a training loop asks of an optimiser."""
 

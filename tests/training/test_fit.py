@@ -212,6 +212,21 @@ class Model:
         return x @ self.params["w"]
 
 
+def test_a_schedule_may_be_any_function_of_the_step():
+    history = fitted(steps=3, schedule=lambda step: 0.5**step)
+    assert history.rates == [0.1, 0.05, 0.025]
+
+
+def test_a_callback_finds_the_parameters_in_the_model():
+    model, seen = Model({"w": np.zeros(3)}), []
+
+    def look(moment):
+        seen.append(model.params["w"] is moment.params["w"])
+
+    fit(model, lambda m, b: squares(m.params, b), [line()], steps=3, callbacks=[look], progress=False)
+    assert seen == [True, True, True]
+
+
 def test_a_model_is_trained_in_place():
     model = Model({"w": np.zeros(3)})
     history = fit(
@@ -297,6 +312,14 @@ def test_a_history_can_be_drawn(tmp_path):
         ({"loss": lambda params, batch: batch["x"] @ params["w"]}, "the loss has shape (12,)"),
         ({"optimizer": SGD(0.1, groups=[Group("v")])}, "no array matches Group.pattern 'v'"),
         ({"compile": "yes"}, "compile of fit is 'yes'"),
+        (
+            {"optimizer": "adamw"},
+            "optimizer of fit is 'adamw'; it must be None or one of peftarray, such as",
+        ),
+        ({"schedule": 0.5}, "schedule of fit is 0.5; it must be a Schedule, such as cosine(warmup=10), or a function"),
+        ({"batches": line()}, "it must be a list of batches, not a single one"),
+        ({"eval_batches": line()}, "it must be a list of batches, not a single one"),
+        ({"callbacks": early_stopping()}, "it must be a list of functions of a Moment"),
     ],
 )
 def test_bad_arguments_are_refused(options, words):
