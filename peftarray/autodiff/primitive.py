@@ -25,8 +25,8 @@ class Primitive:
 
     def __init__(self, function: Callable[..., Result], formula: Callable[..., Any] | None) -> None:
         update_wrapper(self, formula or function)
-        self.__name__ = function.__name__
-        self.rule = Rule(function.__name__, function)
+        self.__name__ = getattr(function, "__name__", type(function).__name__)
+        self.rule = Rule(self.__name__, function)
         self.formula = formula
         if formula is not None:
             self.__signature__ = signature(formula)

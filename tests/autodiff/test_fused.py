@@ -152,6 +152,11 @@ def test_frozen_arguments_get_no_gradient_and_arrays_may_come_by_name():
     np.testing.assert_allclose(found["mask"], all_found[3], atol=1e-13)
 
 
+def test_a_missing_argument_is_pythons_error():
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'k'"):
+        fused.attention(np.ones((1, 2, 3)), v=np.ones((1, 2, 3)))
+
+
 def test_gelu_is_torchs():
     x = np.linspace(-40, 40, 20001)
     for approximate in ("none", "tanh"):

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from inspect import Parameter, signature
 from typing import Any
 
 from peftarray.arrays import Array
 from peftarray.autodiff.tape import Pull, is_complex
 
 __all__ = ["Family", "Needs", "Result", "Rule", "Wanted", "conj"]
+
+_BY_PLACE = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 Needs = Sequence[bool]
 Wanted = Sequence[Array | None]
@@ -40,19 +43,19 @@ class Rule:
         self.name = name
         self.function = function
         self.spread = spread
-        code = function.__code__
-        self._names = code.co_varnames[2 : code.co_argcount]
-        defaults = function.__defaults__ or ()
-        self._defaults = dict(zip(self._names[len(self._names) - len(defaults) :], defaults, strict=True))
+        places = [p for p in signature(function).parameters.values() if p.kind in _BY_PLACE][2:]
+        self._names = [p.name for p in places]
+        self._defaults = {p.name: p.default for p in places if p.default is not p.empty}
 
     def bind(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments that were given by name, in their places: `needs` speaks of places."""
         last = max((i for i, name in enumerate(self._names) if name in options), default=-1)
-        if last < len(arguments):
-            return arguments, options
-        rest = dict(options)
         between = self._names[len(arguments) : last + 1]
-        return (*arguments, *(rest.pop(name) if name in rest else self._defaults[name] for name in between)), rest
+        given = self._defaults | options
+        if not between or any(name not in given for name in between):  # the function itself says what it lacks
+            return arguments, options
+        rest = {name: value for name, value in options.items() if name not in between}
+        return (*arguments, *(given[name] for name in between)), rest
 
 
 @dataclass(frozen=True, slots=True)
