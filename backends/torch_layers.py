@@ -13,14 +13,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from peftarray.adapted_weight import adapted
+from peftarray.adapted_weight import AdaptedWeight, adapted
 from peftarray.adapter import Adapter
-from peftarray.arrays import Array
+from peftarray.arrays import Array, namespace
 from peftarray.errors import NumberError, UnsupportedError
 from peftarray.layers import Kind, Layer, Window
 from peftarray.method import AdapterConfig, Param
 from peftarray.method_dropout import Dropout
 from peftarray.methods import TrainableTokensConfig
+from peftarray.stand_in import kind_for
+from peftarray.widened import Widened
 
 __all__ = ["AdaptedLayer", "Arrays", "SavedModule", "TiedHead", "TokenRows", "base_weight", "layer_of"]
 
@@ -72,6 +74,10 @@ class Arrays(nn.Module):
             self.register_buffer(name, array, persistent=row.stored)
         else:
             self.register_parameter(name, nn.Parameter(array, requires_grad=trainable))
+
+    def extra_repr(self) -> str:
+        arrays = {**self._parameters, **self._buffers}
+        return ", ".join(f"{name}={tuple(array.shape)}" for name, array in arrays.items() if array is not None)
 
 
 class AdaptedLayer(nn.Module):
@@ -304,6 +310,14 @@ class SavedModule(nn.Module):
             return getattr(self.current, name)
 
 
+def _prepare_kinds() -> None:
+    """Make the kinds of stand-ins over tensors now: torch's compiler does not trace how a class is made."""
+    plain, parameter = torch.zeros(1), nn.Parameter(torch.zeros(1))
+    for arrays in ((plain,), (parameter,), (plain, parameter), (parameter, plain)):
+        for kind in (Widened, AdaptedWeight):
+            namespace(object.__new__(kind_for(kind, *arrays)))
+
+
 def _drop(x: torch.Tensor, share: float) -> torch.Tensor:
     return functional.dropout(x, share, training=True)
 
@@ -327,3 +341,6 @@ def _is_packed(module: Any, layer: Layer) -> bool:
 def _window(module: Any) -> Window:
     padding = 0 if isinstance(module.padding, str) else tuple(module.padding)
     return Window(tuple(module.stride), padding, tuple(module.dilation), module.groups)
+
+
+_prepare_kinds()

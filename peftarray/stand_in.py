@@ -276,7 +276,7 @@ def kind_for(kind: type[Kind], *arrays: Array) -> type[Kind]:
         kind: what is wanted.
         *arrays: all that it is made of; the one that ranks highest decides.
     """
-    key = (kind, *(type(array) for array in arrays))
+    key = (kind, *dict.fromkeys(type(array) for array in arrays))
     found = _KINDS.get(key)
     if found is None:
         found = _KINDS[key] = _kind_over(kind, namespace(*arrays))

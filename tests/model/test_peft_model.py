@@ -116,6 +116,20 @@ def test_libraries_agree_on_gradients(config, trained, asarray, to_numpy, xp):
         assert math.isclose(float((to_numpy(gradients[key]) * direction).sum()), slope, rel_tol=1e-4, abs_tol=1e-3)
 
 
+@pytest.mark.parametrize("library", ["jax"], indirect=True)
+@pytest.mark.parametrize("name", ["lora", "oft", "vera"])
+def test_a_compiled_function_leaves_nothing_behind(name, trained, asarray):
+    import jax
+
+    model = trained(CONFIGS[name])
+    weights = model.weights
+    compiled = jax.jit(lambda ids: run(weights, ids))
+    first = compiled(asarray(IDS))
+    np.testing.assert_allclose(run(weights, asarray(IDS)), first, atol=1e-12)
+    passed = jax.jit(run)(weights, asarray(IDS))
+    np.testing.assert_allclose(passed, first, atol=1e-12)
+
+
 def test_parameters_are_set_in_place_of_others(base, asarray, to_numpy):
     model = get_peft_model(base, CONFIGS["lora"])
     new = moved(model.params, asarray, to_numpy)

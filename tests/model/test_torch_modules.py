@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,26 @@ def test_it_compiles_and_exports_whole(config):
         torch.testing.assert_close(gradient, wanted[name.removeprefix("_orig_mod.")])
     exported = torch.export.export(ours, (IDS,), strict=False)
     torch.testing.assert_close(exported.module()(IDS), ours(IDS))
+
+
+COLD = """
+import torch, peftarray as pa
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+    def forward(self, x):
+        return self.proj(x) + x @ self.proj.weight.T
+model = pa.get_peft_model(Net().bfloat16(), pa.OFTConfig(oft_block_size=4, target_modules=["proj"]))
+x = torch.ones(2, 8, dtype=torch.bfloat16)
+torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+"""
+
+
+def test_it_compiles_before_it_ever_ran():
+    """Nothing that the compiler cannot trace waits for the first call."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", COLD], check=True)
 
 
 DROPOUTS = {
