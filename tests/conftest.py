@@ -8,6 +8,7 @@ fixtures: it asks the arrays.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,8 @@ def _torch() -> tuple[Any, Any]:
 
 
 def _jax() -> tuple[Any, Any]:
-    """With 64-bit types, which the standard has and JAX leaves out unless asked."""
+    """With 64-bit types, which the standard has and JAX leaves out unless asked; compiled fast, not to run fast."""
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
     jax = importlib.import_module("jax")
     jax.config.update("jax_enable_x64", True)
     return jax.numpy, jax.devices()[0]

@@ -25,7 +25,7 @@ import peftarray as pa
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "vit", "resnet"])
-@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_configuration_merges_to_what_peft_merges(bases, name, data):
     base = bases(name, sharded=data.draw(st.booleans(), label="sharded"))
