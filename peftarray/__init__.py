@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peftarray import models as models
     from peftarray.adapted_weight import AdaptedWeight as AdaptedWeight
     from peftarray.adapter import Adapter as Adapter
     from peftarray.draws import KeyedDraws as KeyedDraws
@@ -110,11 +111,15 @@ _HOMES = {
     " inverse_sqrt linear lora_plus one_cycle orthogonality_penalty polynomial",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
+# Used as `pa.models.load`.
+_PARTS = ("models",)
 
-__all__ = sorted([*_HOME, "__version__"])
+__all__ = sorted([*_HOME, *_PARTS, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return import_module(f"peftarray.{name}")
     if name not in _HOME:
         message = f"module 'peftarray' has no attribute {name!r}"
         raise AttributeError(message)

@@ -53,7 +53,7 @@ STANDS_ON = {
     "summary": "",
     "prompted": "draws sites summary",
     "model": "adapted_weight bases draws prompted registry sites trees",
-    "models": "model stores",
+    "models": "autodiff model stores",
     "training": "allocation backend draws gradients model trees",
     "merging": "backend formats",
     "inspection": "formats",
