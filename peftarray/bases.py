@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from peftarray.arrays import Array
 from peftarray.backend import backend_names, load_backend
 from peftarray.errors import ConfigError
 
-__all__ = ["backend_of_module", "model_type_of", "weights_of"]
+__all__ = ["backend_of_module", "model_type_of", "untied_heads", "weights_of"]
 
 
 def weights_of(model: Any) -> Any:
@@ -23,6 +24,12 @@ def model_type_of(model: Any) -> str | None:
     """The architecture, where the model says it."""
     found = getattr(getattr(model, "config", None), "model_type", None)
     return found if isinstance(found, str) else None
+
+
+def untied_heads(model: Any, weights: Any) -> dict[str, Array]:
+    """name -> array of heads that are tied to an embedding, as a model knows, and part from it under these weights."""
+    untied = getattr(model, "untied", None)
+    return {} if untied is None else untied(weights)
 
 
 def backend_of_module(model: Any) -> Any:

@@ -16,7 +16,7 @@ from peftarray import trees
 from peftarray.adapted_weight import adapted
 from peftarray.adapter import Adapter
 from peftarray.arrays import Array, namespace
-from peftarray.bases import backend_of_module, model_type_of, weights_of
+from peftarray.bases import backend_of_module, model_type_of, untied_heads, weights_of
 from peftarray.draws import dropout
 from peftarray.errors import ConfigError, MatchError, NumberError, nearest
 from peftarray.formats.peft_config import read_config
@@ -167,7 +167,9 @@ class PeftModel:
 
     def effective_weights(self) -> Any:
         """The weights in the form of the base's, every one an array: for code that an `AdaptedWeight` cannot serve."""
-        return self._weights(lambda adapter, base: adapter.merge(base))
+        merged = self._weights(lambda adapter, base: adapter.merge(base))
+        heads = untied_heads(self.base, self.weights)
+        return {**merged, **heads} if heads else merged
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """The base model, where it is one, on these weights."""

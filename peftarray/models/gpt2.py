@@ -112,7 +112,7 @@ class GPT2(Decoder):
                 yield Tensor(f"h.{layer}.{name}.weight", (width,))
                 yield Tensor(f"h.{layer}.{name}.bias", (width,))
             for name, shape in matrices.items():
-                yield Tensor(f"h.{layer}.{name}.weight", shape, transposed=True)
+                yield Tensor(f"h.{layer}.{name}.weight", shape)
                 yield Tensor(f"h.{layer}.{name}.bias", shape[1:])
         yield Tensor("ln_f.weight", (width,))
         yield Tensor("ln_f.bias", (width,))

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from peftarray.adapted_weight import AdaptedWeight, adapted
 from peftarray.arrays import Array, namespace
 from peftarray.errors import MatchError
-from peftarray.layers import Layer
+from peftarray.methods import TrainableTokensConfig
 from peftarray.models.cache import Cache, Pair
 from peftarray.models.generation import generate
 from peftarray.models.inputs import Tokens, score_mask, token_numbers, token_positions
@@ -34,7 +35,6 @@ class Tensor(NamedTuple):
         needed: whether a checkpoint without it is refused.
         bare: whether it stands outside of the prefix, as heads do.
         stand_in: the weight that is used in its place where the file has none, or the same; none if empty.
-        transposed: a projection that is stored `(in, out)`.
     """
 
     name: str
@@ -42,7 +42,6 @@ class Tensor(NamedTuple):
     needed: bool = True
     bare: bool = False
     stand_in: str = ""
-    transposed: bool = False
 
 
 def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,17 +86,6 @@ class Model(ABC):
     @abstractmethod
     def __call__(self, weights: Weights, input_ids: Tokens, attention_mask: Any = None) -> Array:
         """Logits."""
-
-    @property
-    def layers(self) -> dict[str, Layer]:
-        """What names and shapes do not say of the weights, as `get_peft_model` takes it: those stored `(in, out)`."""
-        found = {}
-        for row in self.tensors(self.config):
-            if row.transposed:
-                name = (self.prefix + row.name).removesuffix(".weight")
-                shape = tuple(self.weights[f"{name}.weight"].shape)
-                found[name] = Layer(name, "linear", shape[::-1], transposed=True, bias=f"{name}.bias" in self.weights)
-        return found
 
     def layer(self, weights: Weights, number: int) -> dict[str, Array]:
         """The weights of one layer by the ends of their names, without those that it does not have."""
@@ -183,7 +171,14 @@ class Decoder(Model):
         if not self.config.tie_word_embeddings:
             message = f"the weights have no {_HEAD}, and config.json says that it is not tied; load a language model"
             raise MatchError(message)
-        return find(weights, self.prefix + self.input_embedding)
+        return _shared(find(weights, self.prefix + self.input_embedding))
+
+    def untied(self, weights: Weights) -> dict[str, Array]:
+        """The head's matrix by its name, where it would be the embedding's but for an adapter that this one has."""
+        embedding, head = find(weights, self.prefix + self.input_embedding), self.head(weights)
+        if _HEAD in weights or head is embedding:
+            return {}
+        return {_HEAD: head.dense() if isinstance(head, AdaptedWeight) else head}
 
     generate = generate
 
@@ -267,3 +262,13 @@ class Decoder(Model):
     @abstractmethod
     def finish(self, weights: Weights, x: Array) -> Array:
         """What stands between the last layer and the head."""
+
+
+def _shared(embedding: Array) -> Array:
+    """An embedding as a head sees it that is tied to it: without adapters that are the embedding's alone."""
+    if not isinstance(embedding, AdaptedWeight):
+        return embedding
+    config, base = embedding.adapter.config, _shared(embedding.base)
+    if config.keeps_tied() or config.peft_type == TrainableTokensConfig.peft_type:
+        return embedding if base is embedding.base else adapted(embedding.adapter, base)
+    return base
