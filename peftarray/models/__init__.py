@@ -14,6 +14,7 @@ from peftarray.models.llama import Llama, LlamaConfig
 from peftarray.models.loading import MODEL_TYPES, create, load
 from peftarray.models.losses import causal_loss, classification_loss, regression_loss
 from peftarray.models.model import Decoder, Model
+from peftarray.models.saving import save
 
 __all__ = [
     "GPT2",
@@ -32,4 +33,5 @@ __all__ = [
     "generate",
     "load",
     "regression_loss",
+    "save",
 ]

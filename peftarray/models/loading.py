@@ -73,7 +73,7 @@ def load(path: str | Path, *, backend: str = "numpy", device: Any = None, dtype:
                 )
                 raise MatchError(message)
         left_out = tuple(disk for name, disk in names.items() if name not in weights)
-    return family(config, weights, prefix, left_out)
+    return family(config, weights, prefix, left_out, facts=store.config)
 
 
 def create(config: Mapping[str, Any], *, seed: int = 0, backend: str = "numpy", device: Any = None) -> Any:
@@ -100,7 +100,7 @@ def create(config: Mapping[str, Any], *, seed: int = 0, backend: str = "numpy", 
         else:
             values = np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32)
         weights[name] = place(values)
-    return family(checked, weights, family.usual_prefix)
+    return family(checked, weights, family.usual_prefix, facts=dict(config))
 
 
 def _family(config: Mapping[str, Any]) -> tuple[type[Model], Any]:

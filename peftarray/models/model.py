@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -20,10 +20,10 @@ from peftarray.models.linear import Weights, find
 from peftarray.models.prompt import behind, masked_behind, placed_behind, prefix, virtual_rows, virtual_tokens
 from peftarray.prompts.prompt import KEY_VALUES, TOKENS
 
-__all__ = ["Decoder", "Model", "Tensor"]
+__all__ = ["HEAD", "Decoder", "Model", "Tensor"]
 
-
-_HEAD = "lm_head.weight"
+HEAD = "lm_head.weight"
+"""A head's own weight, where it has one."""
 
 
 class Tensor(NamedTuple):
@@ -59,6 +59,7 @@ class Model(ABC):
         prefix: before every name that is not a head's: empty where the file was saved without a head.
         left_out: tensors of the checkpoint that this model does not use.
         around: what the function of each layer is wrapped in, such as `peftarray.autodiff.checkpoint`.
+        facts: the whole of `config.json`, for the one that `save` writes.
     """
 
     config: Any
@@ -66,6 +67,7 @@ class Model(ABC):
     prefix: str
     left_out: tuple[str, ...] = ()
     around: Callable[[Callable[..., Any]], Callable[..., Any]] = as_it_is
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     usual_prefix: ClassVar[str]
     tails: ClassVar[tuple[str, ...]]
@@ -166,19 +168,19 @@ class Decoder(Model):
         Raises:
             MatchError: the checkpoint has none.
         """
-        if _HEAD in weights:
-            return weights[_HEAD]
+        if HEAD in weights:
+            return weights[HEAD]
         if not self.config.tie_word_embeddings:
-            message = f"the weights have no {_HEAD}, and config.json says that it is not tied; load a language model"
+            message = f"the weights have no {HEAD}, and config.json says that it is not tied; load a language model"
             raise MatchError(message)
         return _shared(find(weights, self.prefix + self.input_embedding))
 
     def untied(self, weights: Weights) -> dict[str, Array]:
         """The head's matrix by its name, where it would be the embedding's but for an adapter that this one has."""
         embedding, head = find(weights, self.prefix + self.input_embedding), self.head(weights)
-        if _HEAD in weights or head is embedding:
+        if HEAD in weights or head is embedding:
             return {}
-        return {_HEAD: head.dense() if isinstance(head, AdaptedWeight) else head}
+        return {HEAD: head.dense() if isinstance(head, AdaptedWeight) else head}
 
     generate = generate
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from oracles import VOCABULARY, answer, assert_close, built, saved
 from safetensors.torch import load_file, save_file
 
+import peftarray as pa
 from peftarray import models
 from peftarray.errors import PeftError
 
@@ -274,3 +276,30 @@ def test_one_copy_of_the_weights():
     for values in model.weights.values():
         assert values.base is None
         assert values.dtype != ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_saved_is_read_by_transformers(oracle, backend, dtype, tmp_path):
+    with saved(oracle) as folder:
+        model = models.load(folder, backend=backend)
+    models.save(model, tmp_path / "out", dtype=dtype)
+    theirs = type(oracle).from_pretrained(tmp_path / "out", dtype="auto")
+    for name, tensor in oracle.state_dict().items():
+        assert torch.equal(theirs.state_dict()[name], tensor.to(getattr(torch, dtype))), name
+    again = models.load(tmp_path / "out")
+    assert again.config == model.config
+    with pytest.raises(PeftError, match="holds weights already"):
+        models.save(model, tmp_path / "out")
+
+
+def test_a_head_of_its_own_is_saved_as_such(tmp_path):
+    oracle = built(LLAMA[0], LLAMA[1] | {"tie_word_embeddings": True})
+    with saved(oracle) as folder:
+        model = models.load(folder)
+    adapted = pa.get_peft_model(model, pa.LoraConfig(r=2, target_modules=["embed_tokens"]), seed=1)
+    adapted.params = {name: values + 0.5 for name, values in adapted.params.items()}
+    with pytest.raises(PeftError, match="save what merge_and_unload gives"):
+        models.save(replace(model, weights=adapted.weights), tmp_path)
+    models.save(adapted.merge_and_unload(), tmp_path)
+    theirs = type(oracle).from_pretrained(tmp_path).eval()
+    assert_close(adapted(IDS), answer(theirs, IDS, None).logits, 1e-5)
