@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,7 +64,8 @@ def worker(rank: int, port: int, kind: str, folder: str) -> None:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes_take_the_step_of_one(kind, tmp_path):
+def test_two_processes_take_the_step_of_one(kind, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where the processes find `worker`, which they import
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

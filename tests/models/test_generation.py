@@ -97,7 +97,10 @@ TINY = {
 
 @settings(max_examples=200)
 @given(
-    st.lists(st.lists(st.floats(-9, 9, width=32), min_size=6, max_size=6, unique=True), min_size=1, max_size=3),
+    # Apart by more than rounding: which of two equal ones is kept is nobody's rule.
+    st.lists(
+        st.lists(st.integers(-72, 72).map(lambda n: n / 8), min_size=6, max_size=6, unique=True), min_size=1, max_size=3
+    ),
     st.floats(0.2, 3.0),
     st.none() | st.integers(1, 9),
     st.none() | st.floats(0.05, 1.0),
