@@ -114,6 +114,9 @@ def _on_host(values: Any, what: str) -> np.ndarray | None:
     except ValueError:
         message = f"the lists of {what} differ in length; pad them to one length, with an attention_mask of zeros there"
         raise ShapeError(message) from None
+    except TypeError:
+        message = f"{what} are lists of what are no plain numbers; give arrays to a function that is compiled"
+        raise PeftError(message) from None
 
 
 def _check_shape(values: Any, what: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from peftarray.arrays import Array, namespace
+from peftarray.arrays import Array, namespace, weight_product
 from peftarray.errors import MatchError, nearest
 
 __all__ = ["Weights", "embedding", "find", "linear", "linear_transposed"]
@@ -32,7 +32,7 @@ def find(weights: Weights, name: str) -> Array:
 
 def linear(weights: Weights, name: str, x: Array) -> Array:
     """Rows `(n, in)` through a weight `(out, in)`, with its bias where it has one: `x W^T + b`, `(n, out)`."""
-    return _plus_bias(x @ find(weights, f"{name}.weight").mT, weights, name)
+    return _plus_bias(weight_product(x, find(weights, f"{name}.weight")), weights, name)
 
 
 def linear_transposed(weights: Weights, name: str, x: Array) -> Array:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from peftarray.adapted_weight import AdaptedWeight, adapted
-from peftarray.arrays import Array, namespace
+from peftarray.arrays import Array, namespace, weight_product
 from peftarray.errors import MatchError
 from peftarray.methods import TrainableTokensConfig
 from peftarray.models.cache import Cache, Pair
@@ -159,7 +159,7 @@ class Decoder(Model):
     def logits(self, weights: Weights, hidden: Array) -> Array:
         """The head on hidden states `(..., width)`: `(..., vocabulary)`."""
         rows = namespace(hidden).reshape(hidden, (-1, hidden.shape[-1]))
-        found = rows @ self.head(weights).mT
+        found = weight_product(rows, self.head(weights))
         return namespace(found).reshape(found, (*hidden.shape[:-1], -1))
 
     def head(self, weights: Weights) -> Array:

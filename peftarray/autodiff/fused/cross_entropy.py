@@ -96,9 +96,13 @@ def _rows(xp: Any, hidden: Array, targets: Array, ignore_index: int) -> tuple[Ar
     """Rows `(n, d)`, their targets with zero where they do not count, and their shares of the mean `(n,)`."""
     targets = namespace(targets).reshape(targets, (-1,))
     counts = targets != ignore_index
-    number = int(namespace(targets).count_nonzero(counts))
-    if number == 0:
+    share = xp.astype(counts, hidden.dtype)
+    try:
+        number: Any = int(namespace(targets).count_nonzero(counts))
+    except TypeError:  # a compiler knows no numbers; with none the loss is NaN
+        number = xp.sum(share)
+    if type(number) is int and number == 0:
         message = f"every target is {ignore_index}, which does not count; give at least one row that does"
         raise PeftError(message)
-    share = xp.astype(counts, hidden.dtype) / number
+    share = share / number
     return xp.reshape(hidden, (-1, hidden.shape[-1])), xp.where(counts, targets, 0), share
