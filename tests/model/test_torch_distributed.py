@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def worker(rank: int, port: int, kind: str, folder: str) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_take_the_step_of_one(kind, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where the processes find `worker`, which they import
+    # Where the processes find `worker`, which they import; behind the installed package, which is not the checkout's.
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
