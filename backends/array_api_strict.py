@@ -5,11 +5,11 @@ Arrays lie on the library's second device unless told otherwise: they refuse eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import array_api_strict
 import numpy as np
+from peftarray.backends.by_tape import COMPILES, checkpoint, jit, value_and_grad
 
 from peftarray import arrays
 
@@ -24,8 +24,6 @@ __all__ = [
     "value_and_grad",
 ]
 
-COMPILES = False
-
 
 def from_host(array: np.ndarray, *, device: str | array_api_strict.Device | None = None) -> Any:
     """An array with the values of `array` on one of the devices `"CPU_DEVICE"`, `"device1"` and `"device2"`."""
@@ -38,22 +36,6 @@ def to_host(array: Any) -> np.ndarray:
     return arrays.to_host(array)
 
 
-def value_and_grad(
-    loss: Callable[..., Any], *, compiled: bool = False, **options: Any
-) -> Callable[..., tuple[Any, Any]]:
-    """As in `peftarray.backend.Backend`, by the tape; the library compiles nothing."""
-    from peftarray import autodiff  # most of what asks for this backend trains nothing
-
-    return autodiff.value_and_grad(loss, **options)
-
-
-def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, keeping nothing for its gradient but its arguments: it is run again on the way back."""
-    from peftarray import autodiff
-
-    return autodiff.checkpoint(function)
-
-
 def random_state() -> dict[str, Any]:
     """Nothing: the library has no generator."""
     return {}
@@ -61,8 +43,3 @@ def random_state() -> dict[str, Any]:
 
 def set_random_state(state: dict[str, Any]) -> None:
     """Nothing."""
-
-
-def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` itself."""
-    return function

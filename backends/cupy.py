@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import cupy
 import numpy as np
+from peftarray.backends.by_tape import COMPILES, checkpoint, jit, value_and_grad
 
 from peftarray import arrays
 from peftarray.errors import ConfigError
@@ -21,8 +21,6 @@ __all__ = [
     "to_host",
     "value_and_grad",
 ]
-
-COMPILES = False
 
 
 def from_host(array: np.ndarray, *, device: int | str | None = None) -> Any:
@@ -46,22 +44,6 @@ def to_host(array: Any) -> np.ndarray:
     return arrays.to_host(array)
 
 
-def value_and_grad(
-    loss: Callable[..., Any], *, compiled: bool = False, **options: Any
-) -> Callable[..., tuple[Any, Any]]:
-    """As in `peftarray.backend.Backend`, by the tape; CuPy compiles nothing."""
-    from peftarray import autodiff  # most of what asks for this backend trains nothing
-
-    return autodiff.value_and_grad(loss, **options)
-
-
-def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, keeping nothing for its gradient but its arguments: it is run again on the way back."""
-    from peftarray import autodiff
-
-    return autodiff.checkpoint(function)
-
-
 def random_state() -> dict[str, Any]:
     """Nothing: CuPy cannot tell where its own generator is."""
     return {}
@@ -69,8 +51,3 @@ def random_state() -> dict[str, Any]:
 
 def set_random_state(state: dict[str, Any]) -> None:
     """Nothing."""
-
-
-def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` itself."""
-    return function

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from peftarray.backends.by_tape import COMPILES, checkpoint, jit, value_and_grad
 
 from peftarray.errors import ConfigError
 
@@ -19,8 +19,6 @@ __all__ = [
     "to_host",
     "value_and_grad",
 ]
-
-COMPILES = False
 
 
 def from_host(array: np.ndarray, *, device: str | None = None) -> np.ndarray:
@@ -36,22 +34,6 @@ def to_host(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
-def value_and_grad(
-    loss: Callable[..., Any], *, compiled: bool = False, **options: Any
-) -> Callable[..., tuple[Any, Any]]:
-    """As in `peftarray.backend.Backend`, by the tape; NumPy compiles nothing."""
-    from peftarray import autodiff  # most of what asks for this backend trains nothing
-
-    return autodiff.value_and_grad(loss, **options)
-
-
-def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, keeping nothing for its gradient but its arguments: it is run again on the way back."""
-    from peftarray import autodiff
-
-    return autodiff.checkpoint(function)
-
-
 def random_state() -> dict[str, Any]:
     """Where NumPy's own generator is, which a loss may draw from."""
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002
@@ -61,8 +43,3 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Put NumPy's own generator back to where it was."""
     np.random.set_state((state["kind"], state["keys"], *state["rest"]))  # noqa: NPY002
-
-
-def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` itself."""
-    return function
