@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peftarray.arrays import Array, namespace, weight_product
+from peftarray.autodiff.fused.bias import add_bias
 from peftarray.errors import MatchError, nearest
+from peftarray.routes import Weight
 
 __all__ = ["Weights", "embedding", "find", "linear", "linear_transposed"]
 
@@ -32,12 +34,14 @@ def find(weights: Weights, name: str) -> Array:
 
 def linear(weights: Weights, name: str, x: Array) -> Array:
     """Rows `(n, in)` through a weight `(out, in)`, with its bias where it has one: `x W^T + b`, `(n, out)`."""
-    return _plus_bias(weight_product(x, find(weights, f"{name}.weight")), weights, name)
+    weight = find(weights, f"{name}.weight")
+    return _plus_bias(weight_product(x, weight), weight, weights.get(f"{name}.bias"))
 
 
 def linear_transposed(weights: Weights, name: str, x: Array) -> Array:
     """Rows `(n, in)` through a weight stored `(in, out)`, as transformers' Conv1D: `x W + b`, `(n, out)`."""
-    return _plus_bias(x @ find(weights, f"{name}.weight"), weights, name)
+    weight = find(weights, f"{name}.weight")
+    return _plus_bias(x @ weight, weight, weights.get(f"{name}.bias"))
 
 
 def embedding(weights: Weights, name: str, rows: Array) -> Array:
@@ -46,6 +50,8 @@ def embedding(weights: Weights, name: str, rows: Array) -> Array:
     return namespace(table).take(table, rows, axis=0)
 
 
-def _plus_bias(y: Array, weights: Weights, name: str) -> Array:
-    bias = weights.get(f"{name}.bias")
-    return y if bias is None else y + bias
+def _plus_bias(y: Array, weight: Array, bias: Array | None) -> Array:
+    if bias is None:
+        return y
+    # Nobody else holds the product with an array; what an adapter made its output of, it may still need.
+    return y + bias if isinstance(weight, Weight) else add_bias(y, bias)

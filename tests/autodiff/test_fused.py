@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from peftarray import ConfigError, PeftError, ShapeError
 from peftarray.arrays import namespace, to_host
 from peftarray.autodiff import fused, primitive, value_and_grad
+from peftarray.autodiff.fused.bias import add_bias
 
 
 class Case(NamedTuple):
@@ -195,6 +196,20 @@ def test_a_causal_row_does_not_see_the_future():
     )
 
 
+@pytest.mark.parametrize("size", [1.0, 30.0, 300.0])
+def test_scores_of_any_size_are_weighed(size):
+    random = np.random.default_rng(0)
+    q, k, v = (size * random.standard_normal((2, 5, 4)) for _ in range(3))
+    mask = np.where(random.random((5, 5)) < 0.4, -1e9, 0.0)
+    mask[:, 2] = 0
+    for case in (q, k, v), (q, k, v, mask):
+        value, found = value_and_grad(lambda p: np.sum(fused.attention(*p) ** 2))(list(case))
+        expected, wanted = value_and_grad(lambda p: np.sum(fused.attention.formula(*p) ** 2))(list(case))
+        np.testing.assert_allclose(value, expected, rtol=1e-12)
+        for g, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(g, other, atol=1e-11 * size**3)
+
+
 def test_what_makes_no_sense_is_refused():
     q, k = np.zeros((3, 2, 4)), np.zeros((2, 2, 4))
     with pytest.raises(ShapeError, match="divide the heads"):
@@ -205,6 +220,20 @@ def test_what_makes_no_sense_is_refused():
         fused.gelu(q, approximate="fast")
     with pytest.raises(PeftError, match="every target is -100"):
         fused.linear_cross_entropy(np.zeros((2, 3)), np.zeros((5, 3)), np.asarray([-100, -100]))
+
+
+def test_a_bias_is_added_in_the_memory_of_the_product():
+    random = np.random.default_rng(0)
+    x, weight, bias = (random.standard_normal(shape) for shape in ((5, 3), (4, 3), (4,)))
+    given = x @ weight.T
+    assert add_bias(given, bias) is given
+    for to_library in (np.asarray, strict):
+        for formula in (add_bias, add_bias.formula):
+            value, found = value_and_grad(lambda p, f=formula: namespace(*p).sum(f(p[0] @ p[1].mT, p[2]) ** 2))(
+                [to_library(array) for array in (x, weight, bias)]
+            )
+            np.testing.assert_allclose(to_host(value), ((x @ weight.T + bias) ** 2).sum(), rtol=1e-13)
+            np.testing.assert_allclose(to_host(found[2]), 2 * (x @ weight.T + bias).sum(0), rtol=1e-12)
 
 
 def test_an_operand_that_stands_for_an_array_takes_the_formula():

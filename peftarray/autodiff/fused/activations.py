@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from peftarray.arrays import Array, device, namespace
-from peftarray.autodiff.fused.erf import erf
 from peftarray.autodiff.fused.memory import into, tiles
+from peftarray.autodiff.fused.normal import normal
 from peftarray.autodiff.primitive import primitive
 from peftarray.autodiff.rules import Needs, Result, Wanted
 from peftarray.errors import ConfigError
@@ -80,31 +80,26 @@ def _gelu(x: Array, *, approximate: str = "none") -> Array:
     _check_approximate(approximate)
     if approximate == "tanh":
         return 0.5 * x * (1 + xp.tanh(_INNER * (x + _CUBIC * x**3)))
-    return 0.5 * x * (1 + erf(xp, x / math.sqrt(2)))
+    return x * normal(xp, x)[0]
 
 
 @primitive(formula=_gelu)
 def gelu(xp: Any, needs: Needs, x: Array, *, approximate: str = "none") -> Result:
     _check_approximate(approximate)
-    value, slope = (xp.empty(x.shape, dtype=x.dtype, device=device(x)) for _ in range(2))
+    value = xp.empty(x.shape, dtype=x.dtype, device=device(x))
+    slope = xp.empty(x.shape, dtype=x.dtype, device=device(x)) if needs[0] else value
     for x_, value_, slope_ in tiles(xp, x, value, slope):
-        phi, derivative = (_phi_by_tanh if approximate == "tanh" else _phi)(xp, x_)
+        phi, derivative = (_phi_by_tanh if approximate == "tanh" else normal)(xp, x_)
+        if needs[0]:
+            derivative *= x_
+            into(slope_, xp.add, derivative, phi)
         into(value_, xp.multiply, x_, phi)
-        derivative *= x_
-        into(slope_, xp.add, derivative, phi)
-    return value, lambda g: (g * slope,)
 
+    def pull(g: Array) -> Wanted:
+        into(slope, xp.multiply, slope, g)
+        return (slope,)
 
-def _phi(xp: Any, x: Array) -> tuple[Array, Array]:
-    """The normal distribution's function and its derivative."""
-    phi = erf(xp, x * math.sqrt(0.5))
-    phi += 1.0
-    phi *= 0.5
-    density = x * x
-    density *= -0.5
-    into(density, xp.exp, density)
-    density *= 1 / math.sqrt(2 * math.pi)
-    return phi, density
+    return value, pull
 
 
 def _phi_by_tanh(xp: Any, x: Array) -> tuple[Array, Array]:

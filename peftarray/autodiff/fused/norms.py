@@ -59,7 +59,7 @@ def _layer_norm(x: Array, weight: Array | None = None, bias: Array | None = None
 def layer_norm(
     xp: Any, needs: Needs, x: Array, weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-5
 ) -> Result:
-    centred = x - xp.mean(x, axis=-1, keepdims=True)
+    centred = x - _mean(xp, x)
     scale = _inverse_root(xp, centred, eps)
     value = _scaled(xp, centred, scale, 1.0 if weight is None else weight)
     if bias is not None:
@@ -70,10 +70,15 @@ def layer_norm(
         to_x = None
         if wants_x:
             to_x = _unscaled(xp, g, centred, scale, 1.0 if weight is None else weight)
-            to_x -= xp.mean(to_x, axis=-1, keepdims=True)
+            to_x -= _mean(xp, to_x)
         return to_x, g * centred * scale if wants_weight else None, g if wants_bias else None
 
     return value, pull
+
+
+def _mean(xp: Any, x: Array) -> Array:
+    """The mean of each row, as a column: a product is quicker than a sum."""
+    return (x @ xp.full(x.shape[-1], 1.0 / x.shape[-1], dtype=x.dtype, device=device(x)))[..., None]
 
 
 def _inverse_root(xp: Any, x: Array, eps: float) -> Array:
