@@ -8,11 +8,14 @@ item of the list is targeted if its layer is.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
 
 from peftarray import patterns
 from peftarray.errors import ConfigError, MatchError, nearest
 from peftarray.method import AdapterConfig
-from peftarray.prompts import VirtualTokens
+
+if TYPE_CHECKING:
+    from peftarray.prompts import VirtualTokens
 
 __all__ = ["ends_with", "is_saved", "is_targeted", "targeted"]
 

@@ -193,3 +193,11 @@ open("loaded.json", "w").write(json.dumps(loaded))
     loaded = json.loads((tmp_path / "loaded.json").read_text())
     assert "peftarray" in loaded
     assert [name for name in NEVER_LOADED if name in loaded] == []
+
+
+def test_a_merge_loads_no_training(tmp_path):
+    probe = "import sys, peftarray; peftarray.merge; print(*(m for m in sys.modules if m.startswith('peftarray.')))"
+    run = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[1] for name in run.stdout.split()}
+    assert "merging" in loaded
+    assert not loaded & {"autodiff", "models", "prompts", "training"}

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftarray.errors import ConfigError, UnsupportedError, nearest
 from peftarray.method import AdapterConfig
 from peftarray.methods import METHODS
-from peftarray.prompts.prompt import Prompt
 from peftarray.stores.json_file import read_json
+
+if TYPE_CHECKING:
+    from peftarray.prompts.prompt import Prompt
 
 __all__ = ["config_from_dict", "config_to_dict", "known_values", "read_config"]
 

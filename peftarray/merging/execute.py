@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from peftarray.dtypes import decode, dtype_name, encode
-from peftarray.errors import OutputError
 from peftarray.merging.journal import Journal
 from peftarray.merging.placement import HOST, Placement
 from peftarray.merging.plan import Output, Plan, Segment, Shard
 from peftarray.merging.report import Sums, TensorReport, sums_from_dict, sums_to_dict
+from peftarray.merging.shard_file import ShardFile
 from peftarray.merging.tile import Scratch, SegmentMerger, can_tile
-from peftarray.stores.safetensors import SafetensorsFile
 
 __all__ = ["Progress", "execute", "planned_memory"]
 
@@ -35,23 +29,12 @@ takes the interpreter's lock again after every operation, and one on a large til
 _TASK = 1 << 23
 """Bytes of output a task."""
 _COPY = 1 << 26
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-@dataclass
-class _Target:
-    """An open output shard."""
-
-    path: Path
-    descriptor: int
-    reports: dict[str, Sums]
-    lock: threading.Lock
 
 
 class _Work:
     """The tasks of one open shard, and how many workers are at them."""
 
-    def __init__(self, shard: Shard, target: _Target, tasks: Iterator[_Task]) -> None:
+    def __init__(self, shard: Shard, target: ShardFile, tasks: Iterator[_Task]) -> None:
         self.shard, self.target = shard, target
         self.active, self.drained = 0, False
         self._tasks, self._lock = tasks, threading.Lock()
@@ -114,7 +97,7 @@ class _Queue:
     def discard(self) -> None:
         """Remove the shards that are not whole."""
         for work in self._open:
-            os.close(work.target.descriptor)
+            work.target.close()
             work.target.path.unlink(missing_ok=True)
         # A shard that is whole is worth keeping even when another one failed.
         wait(self._syncs)
@@ -132,7 +115,7 @@ class _Queue:
             best = min(works, key=lambda work: work.active, default=None)
             if (best is None or best.active) and self._waiting and len(works) < self._most_open:
                 shard = self._waiting.pop()
-                target = _open(self._journal.folder / shard.name, shard)
+                target = ShardFile(self._journal.folder / shard.name, shard.nbytes, shard.header)
                 best = _Work(shard, target, _tasks(shard, target, self._progress, self._place))
                 self._open.append(best)
             if best is not None:
@@ -199,31 +182,15 @@ def _is_finished(shard: Shard, journal: Journal) -> bool:
     return shard.name in journal.finished and path.is_file() and path.stat().st_size == shard.nbytes
 
 
-def _open(path: Path, shard: Shard) -> _Target:
-    with _disk_errors(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        try:
-            _write_all(descriptor, memoryview(shard.header), 0, path)
-            os.ftruncate(descriptor, shard.nbytes)
-        except BaseException:
-            os.close(descriptor)
-            raise
-    return _Target(path, descriptor, {}, threading.Lock())
+def _finish(shard: Shard, target: ShardFile, journal: Journal) -> None:
+    target.sync()
+    codes = {output.name: output.code for output in shard.outputs}
+    order = [output.name for output in shard.outputs if output.name in target.reports]
+    found = {name: {"dtype": codes[name], "sums": sums_to_dict(target.reports[name])} for name in order}
+    journal.record(shard.name, found)
 
 
-def _finish(shard: Shard, target: _Target, journal: Journal) -> None:
-    with _disk_errors(target.path):
-        try:
-            os.fsync(target.descriptor)
-        finally:
-            os.close(target.descriptor)
-        codes = {output.name: output.code for output in shard.outputs}
-        order = [output.name for output in shard.outputs if output.name in target.reports]
-        found = {name: {"dtype": codes[name], "sums": sums_to_dict(target.reports[name])} for name in order}
-        journal.record(shard.name, found)
-
-
-def _tasks(shard: Shard, target: _Target, progress: Progress, place: Placement) -> Iterator[_Task]:
+def _tasks(shard: Shard, target: ShardFile, progress: Progress, place: Placement) -> Iterator[_Task]:
     run: list[Output] = []
     for output in shard.outputs:
         if output.is_copy and (not run or _adjoins(run[-1], output)):
@@ -242,7 +209,7 @@ def _adjoins(before: Output, after: Output) -> bool:
     return before.source is after.source and before.info.end == after.info.begin and before.end == after.begin
 
 
-def _copies(run: list[Output], target: _Target, progress: Progress) -> Iterator[_Task]:
+def _copies(run: list[Output], target: ShardFile, progress: Progress) -> Iterator[_Task]:
     if not run:
         return
     source, begin, end = run[0].source, run[0].info.begin, run[-1].info.end
@@ -251,35 +218,13 @@ def _copies(run: list[Output], target: _Target, progress: Progress) -> Iterator[
         stop = min(start + _COPY, end)
 
         def task(scratch: Scratch, start: int = start, stop: int = stop) -> None:
-            _copy_range(source, target, start, start + shift, stop - start)
+            target.copy(source, start, start + shift, stop - start)
             progress(stop - start, run[0].name)
 
         yield task
 
 
-def _copy_range(source: SafetensorsFile, target: _Target, begin: int, at: int, count: int) -> None:
-    """Bytes from file to file inside the kernel; through memory where the file systems cannot."""
-    with _disk_errors(target.path):
-        done = 0
-        while done < count:
-            try:
-                moved = os.copy_file_range(source.descriptor, target.descriptor, count - done, begin + done, at + done)
-            except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
-                    raise
-                moved = 0
-            if not moved:
-                break
-            done += moved
-        buffer = bytearray(min(1 << 20, count - done))
-        while done < count:
-            part = memoryview(buffer)[: count - done]
-            source.read_into(part, begin + done)
-            _write_all(target.descriptor, part, at + done, target.path)
-            done += len(part)
-
-
-def _merges(output: Output, target: _Target, progress: Progress, place: Placement) -> Iterator[_Task]:
+def _merges(output: Output, target: ShardFile, progress: Progress, place: Placement) -> Iterator[_Task]:
     if output.segments:
         # A tensor without entries has no task, and still has its line in the report.
         target.reports.setdefault(output.name, Sums())
@@ -325,7 +270,7 @@ def _merge_rows(
     begin: int,
     end: int,
     step: int,
-    target: _Target,
+    target: ShardFile,
     scratch: Scratch,
 ) -> None:
     total = Sums()
@@ -342,11 +287,9 @@ def _merge_rows(
                 _convert(output, stored, rounded, scratch)
             else:
                 total.add(merger.merge(stored, begin + first, rounded, scratch))
-            data = rounded.reshape(-1).view("u1").data
-            _write_all(target.descriptor, data, output.begin + (begin + first) * width, target.path)
+            target.write(rounded.reshape(-1).view("u1").data, output.begin + (begin + first) * width)
             del stored
-    # Lets the disk begin now, so that little is left to wait for when the shard is synced.
-    os.posix_fadvise(target.descriptor, output.begin + begin * width, (end - begin) * width, os.POSIX_FADV_DONTNEED)
+    target.begin_writing_back(output.begin + begin * width, (end - begin) * width)
     if merger is not None and merger.segment.contributions:
         with target.lock:
             target.reports.setdefault(output.name, Sums()).add(total)
@@ -359,28 +302,6 @@ def _convert(output: Output, stored: np.ndarray, rounded: np.ndarray, scratch: S
         rounded[...] = stored
         return
     encode(decode(stored, source, scratch.array("base", stored.shape, source.compute)), output.dtype, rounded)
-
-
-def _write_all(descriptor: int, data: memoryview, at: int, path: Path) -> None:
-    with _disk_errors(path):
-        done = 0
-        while done < len(data):
-            done += os.pwrite(descriptor, data[done:], at + done)
-
-
-@contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            message = (
-                f"no space left while writing {path}; finished shards are kept in {path.parent}: free space and "
-                "run the same command again, or remove that folder"
-            )
-        else:
-            message = f"{path} cannot be written ({error.strerror}); check the disk and its permissions"
-        raise OutputError(message) from None
 
 
 def planned_memory(plan: Plan, threads: int) -> int:
