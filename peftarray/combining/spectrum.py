@@ -1,0 +1,108 @@
+"""Singular values of updates and the cut to a rank; of a product of thin factors without forming the matrix.
+
+`up = Q R` and `down^T = P S` by QR, so the singular values of `up down` are those of the small `R S^T`, and its singular
+vectors are that one's through Q and P (Golub and Van Loan, Matrix Computations, 2013, section 8.6).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from peftarray.arrays import Array, namespace, to_host
+from peftarray.errors import NumberError
+
+__all__ = ["Spectrum", "cut", "inner", "matrix_spectrum", "numerical_rank", "product_spectrum"]
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """`left @ diag(values) @ right`, with orthonormal columns of `left` and rows of `right`.
+
+    The largest entry of each column of `left` by magnitude is positive, so that a decomposition can be repeated.
+
+    Attributes:
+        left: `(out, k)`.
+        values: `(k,)`, the largest first.
+        right: `(k, fan_in)`.
+    """
+
+    left: Array
+    values: Array
+    right: Array
+
+    @property
+    def on_host(self) -> np.ndarray:
+        """The singular values in float64."""
+        return np.asarray(to_host(self.values), np.float64)
+
+
+def product_spectrum(up: Array, down: Array) -> Spectrum:
+    """The singular value decomposition of `up (out, r) @ down (r, fan_in)`."""
+    if up.shape[1] >= min(up.shape[0], down.shape[1]):
+        return matrix_spectrum(up @ down)
+    xp = namespace(up, down)
+    left, upper = xp.linalg.qr(up)
+    right, lower = xp.linalg.qr(down.mT)
+    core = matrix_spectrum(upper @ lower.mT)
+    return _signed(left @ core.left, core.values, core.right @ right.mT)
+
+
+def matrix_spectrum(matrix: Array) -> Spectrum:
+    """The singular value decomposition of a matrix.
+
+    Raises:
+        NumberError: it holds NaN or infinity.
+    """
+    xp = namespace(matrix)
+    if not bool(xp.all(xp.isfinite(matrix))):
+        message = (
+            "an update holds NaN or infinity, so it has no singular values; the adapter is broken, or its scale is"
+        )
+        raise NumberError(message)
+    left, values, right = xp.linalg.svd(matrix, full_matrices=False)
+    return _signed(left, values, right)
+
+
+def cut(spectrum: Spectrum, rank: int | None, energy: float | None) -> int:
+    """How many singular values to keep: the fewest that hold `energy`, at most `rank`; without both, all that count.
+
+    At least one, even of an update that is zero.
+    """
+    squares = np.square(spectrum.on_host)
+    count = numerical_rank(spectrum)
+    if energy is not None and energy < 1:
+        # What is dropped is summed from the smallest, so that tiny values are not lost beside large ones.
+        dropped = np.append(np.cumsum(squares[::-1])[::-1], 0.0)
+        count = min(count, int(np.argmax(dropped <= (1 - energy) * squares.sum() * (1 + 1e-12))))
+    if rank is not None:
+        count = min(count, rank)
+    return max(count, 1)
+
+
+def numerical_rank(spectrum: Spectrum) -> int:
+    """How many singular values are more than rounding."""
+    values = spectrum.on_host
+    rounding = 2.0**-23 if "32" in str(spectrum.values.dtype) else 2.0**-52
+    size = max(spectrum.left.shape[0], spectrum.right.shape[1])
+    return int((values > values[:1] * rounding * size).sum())
+
+
+def inner(one: tuple[Array, Array], other: tuple[Array, Array]) -> float:
+    """The inner product of two updates that are given by factors; of one with itself, its squared norm."""
+    xp = namespace(*one, *other)
+    found = float(xp.sum((one[0].mT @ other[0]) * (one[1] @ other[1].mT)))
+    if not math.isfinite(found):
+        message = "an update holds NaN or infinity; the adapter is broken, or its scale is"
+        raise NumberError(message)
+    return found
+
+
+def _signed(left: Array, values: Array, right: Array) -> Spectrum:
+    xp = namespace(left)
+    high, low = xp.max(left, axis=0), xp.min(left, axis=0)
+    one = xp.ones_like(high)
+    sign = xp.where(high >= -low, one, -one)
+    return Spectrum(left * sign, values, right * sign[:, None])
