@@ -17,14 +17,15 @@ from peftarray.adapter import Adapter
 from peftarray.arrays import Array
 from peftarray.combining.recipe import Recipe, checked_weights
 from peftarray.combining.sets import CombinedAdapters, combine_sets
-from peftarray.errors import OutputError, UnsupportedError
+from peftarray.errors import MatchError, OutputError, UnsupportedError
 from peftarray.formats.adapters import Adapters, Site
 from peftarray.formats.names import WRAPPERS
 from peftarray.formats.own_shapes import described_base
 from peftarray.formats.peft import open_weights, read
 from peftarray.formats.peft_config import read_config
-from peftarray.formats.peft_writer import SavedAdapters, module_of, save_adapters
+from peftarray.formats.peft_writer import TOKENS, SavedAdapters, module_of, save_adapters
 from peftarray.layers import Layer
+from peftarray.methods import LoraConfig
 from peftarray.stores.checkpoint import Checkpoint
 
 __all__ = ["CombineReport", "KindOfLayer", "combine_folders"]
@@ -143,6 +144,7 @@ def combine_folders(
     checkpoint = None if base is None else Checkpoint.open(base)
     read_ones = [_read(folder, checkpoint) for folder in folders]
     sites = {name: site for _, found in read_ones for name, site in found.items()}
+    _check_names(folders, [list(found) for _, found in read_ones], sites)
     made = combine_sets(
         [saved for saved, _ in read_ones],
         checked,
@@ -197,7 +199,7 @@ def _reader(site: Site, base: Checkpoint | None) -> Callable[[], np.ndarray]:
 
 def _stored_weight(site: Site, base: Checkpoint) -> Array:
     """A layer's weight as the model stores it, from the pieces that the checkpoint holds."""
-    rows, columns = site.stored_matrix
+    columns = site.stored_matrix[1]
     parts = []
     for piece in site.pieces:
         shape = base[piece.tensor].shape
@@ -205,6 +207,26 @@ def _stored_weight(site: Site, base: Checkpoint) -> Array:
         parts.append(whole[piece.at : piece.at + piece.rows])
     matrix = np.concatenate(parts) if len(parts) > 1 else parts[0]
     return matrix.reshape(site.layer.stored_shape)
+
+
+def _check_names(folders: Sequence[Path], modules: Sequence[Sequence[str]], sites: Mapping[str, Site]) -> None:
+    """Refuse adapters that call one layer by two names: trained on classes with a head and without."""
+    known: dict[tuple[str, int], str] = {}
+    for names in modules:
+        for name in names:
+            other = known.setdefault((sites[name].pieces[0].tensor, sites[name].pieces[0].at), name)
+            if other.removesuffix(TOKENS) != name.removesuffix(TOKENS):
+                message = f"adapters call one layer {other} and {name}; save them from models of one class"
+                raise MatchError(message)
+    for place, names in enumerate(modules[1:], start=1):
+        for first, second in ((modules[0], names), (names, modules[0])):
+            ends = tuple(f".{name}" for name in first)
+            if names and not set(first) & set(second) and any(name.endswith(ends) for name in second):
+                message = (
+                    f"{folders[0]} and {folders[place]} call their layers by names with another beginning (such as "
+                    f"{modules[0][0]} and {names[0]}); save them from models of one class"
+                )
+                raise MatchError(message)
 
 
 def _check_place(target: Path) -> None:
@@ -245,8 +267,9 @@ def _report(
         worst = max(fit.error for fit in fits)
         kinds.append(KindOfLayer(name, len(fits), min(ranks), max(ranks), norm, error, worst))
     parameters = sum(adapter.num_parameters() for adapter in made.saved.adapters.values())
-    rank = int(made.saved.config.r)
-    return CombineReport(str(target), recipe, tuple(adapters), tuple(kinds), rank, parameters, made.notes)
+    config = made.saved.config
+    assert isinstance(config, LoraConfig)
+    return CombineReport(str(target), recipe, tuple(adapters), tuple(kinds), config.r, parameters, made.notes)
 
 
 def _share(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:

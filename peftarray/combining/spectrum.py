@@ -1,7 +1,7 @@
 """Singular values of updates and the cut to a rank; of a product of thin factors without forming the matrix.
 
-`up = Q R` and `down^T = P S` by QR, so the singular values of `up down` are those of the small `R S^T`, and its singular
-vectors are that one's through Q and P (Golub and Van Loan, Matrix Computations, 2013, section 8.6).
+`up = Q R` and `down^T = P S` by QR, so the singular values of `up down` are those of the small `R S^T`, and its
+singular vectors are that one's through Q and P (Golub and Van Loan, Matrix Computations, 2013, section 8.6).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def matrix_spectrum(matrix: Array) -> Spectrum:
 
 
 def cut(spectrum: Spectrum, rank: int | None, energy: float | None) -> int:
-    """How many singular values to keep: the fewest that hold `energy`, at most `rank`; without both, all that count.
+    """How many singular values to keep: the fewest that hold `energy`, at most `rank`.
 
     At least one, even of an update that is zero.
     """
@@ -95,9 +95,13 @@ def inner(one: tuple[Array, Array], other: tuple[Array, Array]) -> float:
     xp = namespace(*one, *other)
     found = float(xp.sum((one[0].mT @ other[0]) * (one[1] @ other[1].mT)))
     if not math.isfinite(found):
-        message = "an update holds NaN or infinity; the adapter is broken, or its scale is"
-        raise NumberError(message)
+        raise _not_finite()
     return found
+
+
+def _not_finite() -> NumberError:
+    message = "an update holds NaN or infinity; the adapter is broken, or its scale is"
+    return NumberError(message)
 
 
 def _signed(left: Array, values: Array, right: Array) -> Spectrum:
