@@ -27,16 +27,19 @@ class Spectrum:
         left: `(out, k)`.
         values: `(k,)`, the largest first.
         right: `(k, fan_in)`.
+        rounding: singular values up to this size are not told from zero.
     """
 
     left: Array
     values: Array
     right: Array
+    rounding: float
 
     @property
     def on_host(self) -> np.ndarray:
-        """The singular values in float64."""
-        return np.asarray(to_host(self.values), np.float64)
+        """The singular values in float64, with zeros for what is rounding."""
+        values = np.asarray(to_host(self.values), np.float64)
+        return np.where(values > self.rounding, values, 0.0)
 
 
 def product_spectrum(up: Array, down: Array) -> Spectrum:
@@ -47,7 +50,10 @@ def product_spectrum(up: Array, down: Array) -> Spectrum:
     left, upper = xp.linalg.qr(up)
     right, lower = xp.linalg.qr(down.mT)
     core = matrix_spectrum(upper @ lower.mT)
-    return _signed(left @ core.left, core.values, core.right @ right.mT)
+    # Where terms cancel, what is left of them is rounding of the factors, however small the product is.
+    lengths = float(xp.linalg.matrix_norm(upper)) * float(xp.linalg.matrix_norm(lower))
+    rounding = max(core.rounding, _precision(core.values) * lengths)
+    return _signed(left @ core.left, core.values, core.right @ right.mT, rounding)
 
 
 def matrix_spectrum(matrix: Array) -> Spectrum:
@@ -63,7 +69,8 @@ def matrix_spectrum(matrix: Array) -> Spectrum:
         )
         raise NumberError(message)
     left, values, right = xp.linalg.svd(matrix, full_matrices=False)
-    return _signed(left, values, right)
+    largest = float(np.max(to_host(values), initial=0.0))
+    return _signed(left, values, right, _precision(values) * max(matrix.shape) * largest)
 
 
 def cut(spectrum: Spectrum, rank: int | None, energy: float | None) -> int:
@@ -84,10 +91,7 @@ def cut(spectrum: Spectrum, rank: int | None, energy: float | None) -> int:
 
 def numerical_rank(spectrum: Spectrum) -> int:
     """How many singular values are more than rounding."""
-    values = spectrum.on_host
-    rounding = 2.0**-23 if "32" in str(spectrum.values.dtype) else 2.0**-52
-    size = max(spectrum.left.shape[0], spectrum.right.shape[1])
-    return int((values > values[:1] * rounding * size).sum())
+    return int(np.count_nonzero(spectrum.on_host))
 
 
 def inner(one: tuple[Array, Array], other: tuple[Array, Array]) -> float:
@@ -104,9 +108,13 @@ def _not_finite() -> NumberError:
     return NumberError(message)
 
 
-def _signed(left: Array, values: Array, right: Array) -> Spectrum:
+def _precision(like: Array) -> float:
+    return float(namespace(like).finfo(like.dtype).eps)
+
+
+def _signed(left: Array, values: Array, right: Array, rounding: float) -> Spectrum:
     xp = namespace(left)
     high, low = xp.max(left, axis=0), xp.min(left, axis=0)
     one = xp.ones_like(high)
     sign = xp.where(high >= -low, one, -one)
-    return Spectrum(left * sign, values, right * sign[:, None])
+    return Spectrum(left * sign, values, right * sign[:, None], rounding)
