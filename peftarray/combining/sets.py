@@ -226,7 +226,7 @@ def _replacements(sources: Sequence[_Source]) -> tuple[dict[str, Array], list[st
         holders = [source for source in sources if tensor in source.saved.replace]
         found[tensor] = holders[0].saved.replace[tensor]
         _check_same(tensor, holders, [{"": source.saved.replace[tensor]} for source in holders])
-        _check_alone(tensor, tensor.rpartition(".")[0], holders, sources)
+        _check_alone(tensor, tensor, holders, sources)
         notes.append(f"{tensor} is that of {holders[0].name}, as it is")
     return found, notes
 
@@ -243,7 +243,7 @@ def _token_rows(sources: Sequence[_Source]) -> tuple[dict[str, Adapter], list[st
             message = f"{module}: adapters train other rows of the embedding; leave them out of all but one adapter"
             raise MatchError(message)
         _check_same(module, holders, [adapter.params for adapter in held])
-        _check_alone(module, module.removesuffix(TOKENS), holders, sources)
+        _check_alone(module, f"{module.removesuffix(TOKENS)}.weight", holders, sources)
         found[module] = held[0]
         notes.append(f"the trained rows of {module.removesuffix(TOKENS)} are those of {holders[0].name}, as they are")
     return found, notes
@@ -262,13 +262,17 @@ def _check_same(what: str, holders: Sequence[_Source], values: Sequence[Mapping[
                 raise MatchError(message)
 
 
-def _check_alone(what: str, module: str, holders: Sequence[_Source], sources: Sequence[_Source]) -> None:
+def _check_alone(what: str, tensor: str, holders: Sequence[_Source], sources: Sequence[_Source]) -> None:
     """Refuse that one adapter replaces what another, which was trained beside the old values, adds to."""
+    module, _, local = tensor.rpartition(".")
     for source in sources:
-        if module in source.adapters and source not in holders:
+        adapter = source.adapters.get(module)
+        if source in holders or adapter is None:
+            continue
+        if ("bias" if local.endswith("bias") else "weight") in adapter.config.touches(adapter.layer):
             message = (
-                f"{what} of {holders[0].name} replaces the model's own, and {source.name} adapts {module} as it was "
-                "before; combine adapters that agree on it"
+                f"{what} of {holders[0].name} replaces the model's own, and {source.name} adds to it as it was before; "
+                "combine adapters that agree on it"
             )
             raise MatchError(message)
 
