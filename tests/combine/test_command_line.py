@@ -130,7 +130,10 @@ def test_no_other_library_is_loaded(adapters, tmp_path):
 import sys
 sys.argv = {arguments!r}
 import peftarray.cli
-peftarray.cli.main()
+try:
+    peftarray.cli.main()
+except SystemExit as end:
+    assert not end.code, end.code
 print(sorted({{name.split(".")[0] for name in sys.modules}} & {{"torch", "jax", "cupy", "transformers", "peft"}}))
 """
     run = subprocess.run(
