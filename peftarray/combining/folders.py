@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from peftarray.adapter import Adapter
 from peftarray.arrays import Array
@@ -145,13 +146,16 @@ def combine_folders(
     read_ones = [_read(folder, checkpoint) for folder in folders]
     sites = {name: site for _, found in read_ones for name, site in found.items()}
     _check_names(folders, [list(found) for _, found in read_ones], sites)
-    made = combine_sets(
-        [saved for saved, _ in read_ones],
-        checked,
-        recipe,
-        base=None if checkpoint is None else lambda name, layer: _stored_weight(sites[name], checkpoint),
-        names=[str(folder) for folder in folders],
-    )
+    # Thin factors gain nothing from threads, and lose much where the cores are busy; whole matrices gain.
+    thin = recipe.way.space != "matrix" and checkpoint is None
+    with threadpool_limits(1 if thin else None):
+        made = combine_sets(
+            [saved for saved, _ in read_ones],
+            checked,
+            recipe,
+            base=None if checkpoint is None else lambda name, layer: _stored_weight(sites[name], checkpoint),
+            names=[str(folder) for folder in folders],
+        )
     _write(target, made.saved)
     return _report(target, recipe, list(zip(map(str, folders), checked, strict=True)), made)
 
