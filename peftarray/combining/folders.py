@@ -20,6 +20,7 @@ from peftarray.combining.recipe import Recipe, checked_weights
 from peftarray.combining.sets import CombinedAdapters, combine_sets
 from peftarray.errors import MatchError, OutputError, UnsupportedError
 from peftarray.formats.adapters import Adapters, Site
+from peftarray.formats.folder import check_new
 from peftarray.formats.names import WRAPPERS
 from peftarray.formats.own_shapes import described_base
 from peftarray.formats.peft import open_weights, read
@@ -141,7 +142,7 @@ def combine_folders(
     folders = [Path(folder) for folder in adapters]
     target = Path(out)
     checked = checked_weights(weights, len(folders), recipe)
-    _check_place(target)
+    check_new(target)
     checkpoint = None if base is None else Checkpoint.open(base)
     read_ones = [_read(folder, checkpoint) for folder in folders]
     sites = {name: site for _, found in read_ones for name, site in found.items()}
@@ -231,18 +232,6 @@ def _check_names(folders: Sequence[Path], modules: Sequence[Sequence[str]], site
                     f"{modules[0][0]} and {names[0]}); save them from models of one class"
                 )
                 raise MatchError(message)
-
-
-def _check_place(target: Path) -> None:
-    if target.exists() or target.is_symlink():
-        message = f"OUT {target} exists; give a new folder, or remove it first"
-        raise OutputError(message)
-    if not target.parent.is_dir():
-        message = f"OUT {target}: the folder {target.parent} does not exist; make it first"
-        raise OutputError(message)
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        message = f"OUT {target}: no permission to write in {target.parent}; choose another place"
-        raise OutputError(message)
 
 
 def _write(target: Path, saved: SavedAdapters) -> None:

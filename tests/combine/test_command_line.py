@@ -101,6 +101,7 @@ def test_places_that_are_refused(cli, adapters, tmp_path):
     for places, words in (
         ((*adapters, "-o", tmp_path / "there"), ("exists",)),
         ((*adapters, "-o", tmp_path / "link"), ("exists",)),
+        ((*adapters, "-o", tmp_path / ("o" * 300)), ("cannot be a folder",)),
         ((*adapters, "-o", tmp_path / "no" / "out"), ("does not exist; make it first",)),
         ((adapters[0], tmp_path / "empty", "-o", tmp_path / "out"), ("has no adapter_config.json",)),
         ((adapters[0], tmp_path / "gone", "-o", tmp_path / "out"), ("has no adapter_config.json",)),
