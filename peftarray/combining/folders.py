@@ -149,7 +149,8 @@ def combine_folders(
     _check_names(folders, [list(found) for _, found in read_ones], sites)
     # Thin factors gain nothing from threads, and lose much where the cores are busy; whole matrices gain.
     thin = recipe.way.space != "matrix" and checkpoint is None
-    with threadpool_limits(1 if thin else None):
+    # What overflows is found to be no number, and refused.
+    with threadpool_limits(1 if thin else None), np.errstate(all="ignore"):
         made = combine_sets(
             [saved for saved, _ in read_ones],
             checked,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peftarray.adapter import Adapter
-from peftarray.arrays import Array, namespace
+from peftarray.arrays import Array, namespace, stop_gradient
 from peftarray.combining.directions import shared_directions
 from peftarray.combining.drops import dare, della, streams
 from peftarray.combining.election import weighted_mean, weighted_sum
@@ -134,7 +134,7 @@ def combine_by(
     if not used:
         message = "no adapter of this layer has a weight that is not 0; leave the layer out"
         raise ConfigError(message)
-    adapters, weights = [adapter for adapter, _ in used], [weight for _, weight in used]
+    adapters, weights = [_constant(adapter) for adapter, _ in used], [weight for _, weight in used]
     updates = [update_of(adapter, base) for adapter in adapters]
     layer = check_same_layer(updates)
     way = recipe.way
@@ -153,6 +153,11 @@ def combine_by(
     moved = [(update.bias, weight) for update, weight in zip(updates, weights, strict=True) if update.bias is not None]
     bias = weighted_sum(*zip(*moved, strict=True)) if moved else None
     return LoraFit(as_lora(up, down, layer, bias=bias), norm, error)
+
+
+def _constant(adapter: Adapter) -> Adapter:
+    """The same numbers, apart from what trains them."""
+    return replace(adapter, params={name: stop_gradient(array) for name, array in adapter.params.items()})
 
 
 def _of_factors(

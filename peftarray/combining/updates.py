@@ -51,12 +51,16 @@ def update_of(adapter: Adapter, base: Array | None = None) -> Update:
         base: the weight as the model stores it, which methods like DoRA need: what they add depends on it.
 
     Raises:
+        ShapeError: the layer has no entries.
         UnsupportedError: the method needs the base, and none is given, or it changes the bias by what the bias is.
     """
     config, layer = adapter.config, adapter.layer
     if layer.window.groups != 1:
         message = f"{layer.name}: adapters of convolutions with groups cannot be combined; merge them (pa.merge)"
         raise UnsupportedError(message)
+    if not layer.out * layer.fan_in:
+        message = f"{layer.name} is {layer.shape}, which has no entries; the file is damaged"
+        raise ShapeError(message)
     bias = None
     if "bias" in config.touches(layer):
         if config.needs_base():
@@ -112,8 +116,8 @@ def check_same_layer(updates: Sequence[Update]) -> Layer:
     for update in updates:
         if (update.layer.kind, update.layer.shape) != (first.kind, first.shape):
             message = (
-                f"{first.name} is a {first.kind} layer of {first.shape} in one adapter and a {update.layer.kind} layer "
-                f"of {update.layer.shape} in another; combine adapters of one base"
+                f"{first.name} is {first.kind} {first.shape} in one adapter and {update.layer.kind} "
+                f"{update.layer.shape} in another; combine adapters of one base"
             )
             raise ShapeError(message)
     return first

@@ -77,7 +77,7 @@ def _layer(path: str, group: dict[str, tuple[int, ...]], config: AdapterConfig) 
     name = ".".join(word for word in path.split(".") if word not in WRAPPERS)
     if "lora_embedding_A" in group or "lora_embedding_B" in group:
         down, up = group.get("lora_embedding_A", ()), group.get("lora_embedding_B", ())
-        return Layer(name, "embedding", (*up[:1], *down[1:2]), transposed=True)
+        return Layer(name, "embedding", (*(up[:1] or (1,)), *(down[1:2] or (1,))), transposed=True)
     down, up = group.get("lora_A.weight", ()), group.get("lora_B.weight", ())
     if len(down) > 2:
         return Layer(name, "conv", (*(up[:1] or (1,)), *down[1:]))

@@ -292,6 +292,21 @@ REFUSED = {
         pa.MatchError,
         "lora_C has no place in LoraConfig",
     ),
+    "no entries": (
+        {},
+        {},
+        [{f"{PREFIX}model.layers.0.self_attn.q_proj.lora_B.weight": np.ones((0, 2), np.float32)}],
+        pa.ShapeError,
+        r"q_proj is \(0, 8\), which has no entries",
+    ),
+    "half an embedding": (
+        {"target_modules": ["q_proj", "down_proj", "embed_tokens"]},
+        {},
+        [{f"{PREFIX}model.embed_tokens.lora_embedding_A": np.ones((2, 16), np.float32)}],
+        pa.MatchError,
+        "embed_tokens: the adapter lacks lora_B",
+    ),
+    "a scale that overflows": ({"lora_alpha": 1e300}, {}, [], pa.NumberError, "NaN or infinity"),
     "numbers": (
         {},
         {},
@@ -317,7 +332,7 @@ def test_layers_of_other_shapes_and_names(tmp_path):
     write_adapter(tmp_path / "a", lora_tensors(targets_of(1)))
     write_adapter(tmp_path / "b", lora_tensors(wider))
     write_adapter(tmp_path / "c", other_prefix(lora_tensors(targets_of(1))))
-    with pytest.raises(pa.ShapeError, match=r"layer of \(8, 8\) in one adapter and a linear layer of \(10, 10\)"):
+    with pytest.raises(pa.ShapeError, match=r"is linear \(8, 8\) in one adapter and linear \(10, 10\) in another"):
         pa.combine_folders([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     with pytest.raises(pa.MatchError, match="call their layers by names with another beginning"):
         pa.combine_folders([tmp_path / "a", tmp_path / "c"], tmp_path / "out")

@@ -284,3 +284,13 @@ def test_short_dtypes_are_combined_in_float32():
         found = pa.combine(short, **settings_).adapter
         assert found.params["lora_A"].dtype == np.float32
         close(found.update(), result(wide, **settings_), 1e-6)
+
+
+def test_the_result_is_apart_from_what_trains_its_sources():
+    torch = pytest.importorskip("torch")
+    made = lora(LAYERS["linear"], 2, 0, asarray=lambda array: torch.nn.Parameter(torch.tensor(array)))
+    for combination in ("cat", "svd", "linear", "ties_svd"):
+        found = pa.combine([made], combination=combination, **({"density": 1.0} if "ties" in combination else {}))
+        for name, array in found.adapter.params.items():
+            assert not array.requires_grad
+            assert array.data_ptr() != made.params[name].data_ptr()
