@@ -92,3 +92,31 @@ def test_convolutions_with_groups_are_refused():
     adapter = pa.LoraConfig(r=2).init(weight, window=pa.Window(groups=2))
     with pytest.raises(pa.UnsupportedError, match="groups"):
         pa.combine([adapter])
+
+
+def test_whole_adapters_in_memory(asarray, to_numpy):
+    weights = {
+        name: np.random.default_rng(seed).standard_normal((8, 6)) for seed, name in enumerate(("q.weight", "v.weight"))
+    }
+    there = {name: asarray(weight) for name, weight in weights.items()}
+    models = [
+        pa.get_peft_model(there, pa.LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False), seed=1),
+        pa.get_peft_model(there, pa.LoraConfig(r=3, target_modules=["q"], use_dora=True), seed=2),
+    ]
+    moved = {"q.lora_B": asarray(np.random.default_rng(5).standard_normal((8, 3)))}
+    models[1] = models[1].with_params(moved)
+    saved = [pa.SavedAdapters(model.peft_config["default"], model.adapters) for model in models]
+    made = pa.combine_sets(
+        saved, [1.0, -0.5], pa.Recipe(energy=1.0), base=lambda module, layer: there[f"{module}.weight"]
+    )
+    merged = [model.effective_weights() for model in models]
+    for name, weight in weights.items():
+        wanted = weight + sum(
+            factor * (to_numpy(own[name]) - weight) for factor, own in zip((1.0, -0.5), merged, strict=True)
+        )
+        found = made.saved.adapters[name.removesuffix(".weight")].merge(there[name])
+        assert type(found) is type(there[name])
+        np.testing.assert_allclose(to_numpy(found), wanted, rtol=0, atol=1e-9)
+    assert made.fits["v"].rank == 2
+    with pytest.raises(pa.UnsupportedError, match="give the base"):
+        pa.combine_sets(saved, recipe=pa.Recipe(energy=1.0))

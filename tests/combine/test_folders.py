@@ -193,11 +193,18 @@ def test_a_layer_alone_gets_the_rank_that_a_pattern_gives_it_alone(tmp_path):
         pa.save_adapters(tmp_path / f"{place}", config, made)
     pa.combine_folders([tmp_path / f"{place}" for place in range(3)], tmp_path / "out")
     found = pa.load_adapters(tmp_path / "out", weights)
-    assert {name: adapter.config.r for name, adapter in found.adapters.items()} == {
-        "proj": 2,
-        "block.proj": 5,
-        "block.a+b": 1,
-    }
+    ranks = {"proj": 2, "block.proj": 5, "block.a+b": 1}
+    assert {name: adapter.config.r for name, adapter in found.adapters.items()} == ranks
+    net = torch.nn.ModuleDict({"proj": torch.nn.Linear(5, 6), "block": torch.nn.Module()})
+    net["block"].add_module("proj", torch.nn.Linear(5, 6))
+    net["block"].add_module("a+b", torch.nn.Linear(5, 6))
+    with quiet():
+        loaded = peft.PeftModel.from_pretrained(net, tmp_path / "out").base_model.model
+    for name, rank in ranks.items():
+        module = loaded.get_submodule(name)
+        assert (module.r["default"], module.scaling["default"]) == (rank, 1)
+        update = module.get_delta_weight("default").detach().numpy()
+        np.testing.assert_allclose(update, found.adapters[name].update(), atol=1e-6)
     assert all(adapter.config.scale == 1 for adapter in found.adapters.values())
 
 
