@@ -103,6 +103,15 @@ class Adapter:
         matrix = None if weight is None else self.layer.view(weight)
         return self.config.effective_bias(self.params, bias, matrix, self.layer)
 
+    def product(self) -> tuple[Array, Array] | None:
+        """`up (out, r)` and `down (r, fan_in)` whose product is the update, in float32 at least; None without such."""
+        return self.config.product(self._wide_params, self.layer)
+
+    def update(self, weight: Array | None = None) -> Array:
+        """What it adds to the `(out, fan_in)` matrix, in float32 at least; `weight` where the method needs the base."""
+        matrix = None if weight is None else _widened(self.layer.view(weight))
+        return self.config.update(self.prepared, matrix, self.layer)
+
     def num_parameters(self) -> int:
         """How many trained numbers it holds; 0 when frozen."""
         return self.config.num_parameters(self.layer) if self.trainable else 0
