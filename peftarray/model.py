@@ -7,7 +7,7 @@ The weights are a pure function of the adapter's arrays, so that any library dif
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,16 +53,19 @@ def get_peft_model(
     seed: int = 0,
     adapter_name: str = "default",
     layers: Mapping[str, Layer] | None = None,
+    token_ids: Sequence[int] | None = None,
 ) -> Any:
     """A model with a new adapter on the weights that `config` targets.
 
     Args:
         model: a mapping of names to arrays, or nested ones (as JAX and Flax have them), with any function that uses
             them; an object with such `weights`, as those of `peftarray.models`; or a `torch.nn.Module`.
-        config: the method, with `target_modules`; or a soft prompt, for a model of `peftarray.models`.
+        config: the method, with `target_modules`; or a soft prompt, for a model of `peftarray.models` or of
+            transformers.
         seed: the same seed gives the same adapter on every library.
         adapter_name: what the adapter is called.
         layers: module's name -> its layer, for what a mapping does not say; see `peftarray.sites.find_sites`.
+        token_ids: the words that a soft prompt starts from, as the model's tokenizer numbers them.
 
     Returns:
         A `PeftModel`, or a `PromptModel`; for a torch module, a module that is used like it, with PEFT's names.
@@ -80,12 +83,15 @@ def get_peft_model(
         >>> (np.ones((1, 4), np.float32) @ model.weights["up.weight"].T).shape
         (1, 8)
     """
-    if isinstance(config, Prompt):
-        return PromptModel.create(model, config, seed=seed)
-    check_training(config)
-    tree = weights_of(model)
+    tree, more = weights_of(model), {} if token_ids is None else {"token_ids": token_ids}
+    if more and not isinstance(config, Prompt):
+        message = f"{type(config).__name__} starts from no token_ids, which are the words of a soft prompt; leave them out"
+        raise ConfigError(message)
     if tree is None:
-        return backend_of_module(model).adapt_module(model, config, seed=seed, adapter_name=adapter_name)
+        return backend_of_module(model).adapt_module(model, config, seed=seed, adapter_name=adapter_name, **more)
+    if isinstance(config, Prompt):
+        return PromptModel.create(model, config, seed=seed, token_ids=token_ids)
+    check_training(config)
     arrays = dict(trees.named(tree))
     modules = [name.rpartition(".")[0] for name in arrays]
     config = with_heads(config, modules)
@@ -303,13 +309,13 @@ class PeftModel:
         Raises:
             PeftError: of the kind that fits; see `peftarray.errors`.
         """
-        if holds_prompt(folder):
-            return PromptModel.from_pretrained(model, folder, is_trainable=is_trainable)
         tree = weights_of(model)
         if tree is None:
             return backend_of_module(model).load_module(
                 model, folder, adapter_name=adapter_name, is_trainable=is_trainable
             )
+        if holds_prompt(folder):
+            return PromptModel.from_pretrained(model, folder, is_trainable=is_trainable)
         arrays = dict(trees.named(tree))
         config = read_config(Path(folder))
         sites = find_sites(arrays, config, layers or {}, model_type_of(model))

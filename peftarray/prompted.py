@@ -162,13 +162,7 @@ class PromptModel:
         Raises:
             UnsupportedError: the file that it came from lacks what made the prompt.
         """
-        gone = [name for name in self.config.params() if name not in self.arrays]
-        if gone:
-            message = (
-                f"a saved {self.config.peft_type} prompt holds what its encoder made and not the encoder "
-                f"({gone[0]} is gone), so training cannot go on; start a new one"
-            )
-            raise UnsupportedError(message)
+        self.config.check_trainable(self.arrays)
         return dataclasses.replace(self, trainable=True)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
