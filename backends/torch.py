@@ -108,9 +108,7 @@ def adapt_module(
     if isinstance(config, Prompt):
         from peftarray.backends import torch_prompts
 
-        return torch_prompts.adapt_module(
-            module, config, seed=seed, adapter_name=adapter_name, token_ids=token_ids
-        )
+        return torch_prompts.adapt_module(module, config, seed=seed, adapter_name=adapter_name, token_ids=token_ids)
     from peftarray.backends import torch_modules
 
     return torch_modules.adapt_module(module, config, seed=seed, adapter_name=adapter_name)

@@ -66,7 +66,9 @@ def per_text(prompt: torch.Tensor, batch: int) -> torch.Tensor:
     return prompt.repeat_interleave(batch // prompt.shape[0], dim=0)
 
 
-def with_rows(given: Inputs, rows: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor], side: str = "") -> Inputs:
+def with_rows(
+    given: Inputs, rows: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor], side: str = ""
+) -> Inputs:
     """The arguments with rows before those of each text.
 
     Args:
@@ -112,7 +114,9 @@ def filled_cache(cache: Any, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if double else DynamicCache()
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     if not isinstance(own, DynamicCache):
-        message = f"a prefix goes into a DynamicCache, and the model brings a {type(own).__name__}; leave out which cache"
+        message = (
+            f"a prefix goes into a DynamicCache, and the model brings a {type(own).__name__}; leave out which cache"
+        )
         raise UnsupportedError(message)
     for layer, (keys, values) in enumerate(pairs):
         own.update(keys.expand(batch, *keys.shape), values.expand(batch, *values.shape), layer)
@@ -178,7 +182,9 @@ def _moved(
     mask = given.get(f"{side}attention_mask")
     if mask is not None:
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-            message = f"{side}attention_mask must be (batch, length), 1 for tokens and 0 for padding, to go with a prompt"
+            message = (
+                f"{side}attention_mask must be (batch, length), 1 for tokens and 0 for padding, to go with a prompt"
+            )
             raise ShapeError(message)
         whole = length + given["past_key_values"].get_seq_length() if behind else None
         if mask.shape[1] != whole:

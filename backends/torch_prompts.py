@@ -9,39 +9,37 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
-from peftarray.backends.torch_layers import AdaptedLayer, SavedModule
+from peftarray.backends.torch_layers import SavedModule
 from peftarray.backends.torch_prompt_attention import PromptedAttention
-from peftarray.backends.torch_prompt_inputs import (
-    Inputs,
-    alone,
-    is_behind,
-    scored_at_the_end,
-    text_size,
-    with_keys,
-    with_labels,
-    with_rows,
-)
+from peftarray.backends.torch_prompt_checks import check_prompt, embedding_of, host_of
+from peftarray.backends.torch_prompt_encoder import PromptArrays
+from peftarray.backends.torch_prompt_inputs import Inputs
+from peftarray.backends.torch_prompt_reading import Reading
 from torch import nn
 from torch.nn import functional
 
-from peftarray.errors import ConfigError, MatchError, ShapeError, UnsupportedError, nearest
+from peftarray.errors import ConfigError, MatchError, UnsupportedError, nearest
 from peftarray.formats.prompts import load_prompt, save_prompt, source_prompt
-from peftarray.prompts import AdaptionPromptConfig, CPTConfig, Host, PrefixTuningConfig, Prompt, VirtualTokens
+from peftarray.prompts import (
+    AdaptionPromptConfig,
+    CPTConfig,
+    MultitaskPromptTuningConfig,
+    PrefixTuningConfig,
+    Prompt,
+    TokenPrompt,
+    VirtualTokens,
+)
 from peftarray.prompts.adaption_prompt import GATE, PROMPT
-from peftarray.prompts.prompt import EMBEDDINGS, TOKENS, without_tasks
+from peftarray.prompts.prompt import without_tasks
 from peftarray.sites import saved_modules, with_heads
 from peftarray.summary import trainable_summary
 
 __all__ = ["PromptModule", "adapt_module", "load_module"]
-
-_ROWS = "embedding.weight"
-"""What PEFT's encoders call the rows that files call `prompt_embeddings`."""
 
 
 def adapt_module(
@@ -53,8 +51,8 @@ def adapt_module(
     token_ids: Sequence[int] | None = None,
 ) -> PromptModule:
     """A model with a new prompt; `peftarray.get_peft_model` says the rest."""
-    config = config.for_model(_host(module))
-    embedding: Any = _embedding(module).weight.detach()
+    config = config.for_model(host_of(module))
+    embedding: Any = embedding_of(module).weight.detach()
     file = config.source_file()
     source = source_prompt(file) if file else None
     arrays = config.init_params(embedding, seed=seed, embedding=embedding, token_ids=token_ids, source=source)
@@ -69,7 +67,7 @@ def load_module(
     module: nn.Module, folder: str | Path, *, adapter_name: str = "default", is_trainable: bool = False
 ) -> PromptModule:
     """A model with the prompt in a folder; `peftarray.PeftModel.from_pretrained` says the rest."""
-    found = load_prompt(folder, host=_host(module), like=_embedding(module).weight.detach())
+    found = load_prompt(folder, host=host_of(module), like=embedding_of(module).weight.detach())
     if is_trainable:
         found.config.check_trainable(found.params)
     here = module.state_dict()
@@ -113,7 +111,7 @@ class PromptModule(nn.Module):
         trainable: bool,
     ) -> None:
         super().__init__()
-        _check(module, config, adapter_name)
+        check_prompt(module, config, adapter_name)
         self.training = module.training
         self.peft_config = {adapter_name: config}
         self.active_adapter = adapter_name
@@ -129,14 +127,14 @@ class PromptModule(nn.Module):
             self.base_model: nn.Module = _Held(module)
         else:
             self.base_model = module
-            self.prompt_encoder = nn.ModuleDict({adapter_name: _Encoder(config, arrays, trainable=trainable)})
+            self.prompt_encoder = nn.ModuleDict({adapter_name: PromptArrays(config, arrays, trainable=trainable)})
         for name in saved:
             whole = SavedModule(module.get_submodule(name))
             whole.modules_to_save[adapter_name] = copy.deepcopy(whole.original_module).requires_grad_(trainable)
             whole.active = adapter_name
             module.set_submodule(name, whole)
         # What a training loop looks for in the arguments of `forward` is in those of the model's.
-        self.forward = _signed(type(self).forward, self._takes, self)  # type: ignore[method-assign]
+        self.forward = _signed(type(self).forward, self._takes, config, self)  # type: ignore[method-assign]
 
     # Use.
 
@@ -148,50 +146,48 @@ class PromptModule(nn.Module):
         **options: Any,
     ) -> Any:
         """What the model makes of texts behind the prompt."""
-        module = self.get_base_model()
-        given = self._named(arguments, options)
-        config = self._config
+        module, config = self.get_base_model(), self._config
+        given: Inputs = dict(zip(self._takes.parameters, arguments, strict=False)) | options
+        if input_type_mask is not None and not isinstance(config, CPTConfig):
+            message = f"input_type_mask is for the loss of CPT, and the prompt is {config.peft_type}; leave it out"
+            raise ConfigError(message)
         if isinstance(config, AdaptionPromptConfig):
             without_tasks(config, task_ids)
             return module(**given)
+        reading = self._reading(task_ids)
         as_tuple = given.get("return_dict", getattr(self.config, "return_dict", True)) is False
         given["return_dict"] = True
-        side = self._side
-        length = self._length(given, side)
         labels = given.pop("labels", None) if isinstance(config, CPTConfig) else None
-        with scored_at_the_end(module, given) if self._stands_in_rows else nullcontext():
-            output = module(**self._behind_prompt(given, task_ids))
+        with reading.scoring(given):
+            output = module(**reading.inputs(given))
         if labels is not None:
-            assert isinstance(config, CPTConfig)
             loss = config.weighted_loss(output.logits, *config.labelled(labels, input_type_mask))
             output = type(output)(**{"loss": loss, **output})
-        if self._rows_of(side):
-            output = alone(output, length)
+        output = reading.of_text(output, reading.length(given))
         return output.to_tuple() if as_tuple else output
 
     def generate(self, *arguments: Any, task_ids: torch.Tensor | None = None, **options: Any) -> Any:
         """What the model writes after texts, behind the prompt; arguments as the model's `generate` takes them."""
         module: Any = self.get_base_model()
         if isinstance(self._config, AdaptionPromptConfig):
+            without_tasks(self._config, task_ids)
             return module.generate(*arguments, **options)
-        if arguments and options.get("inputs") is None:
+        reading = self._reading(task_ids)
+        if arguments:
             options["inputs"], *others = arguments
-            arguments = tuple(others)
-        if self._encodes and self._stands_in_rows:
-            # The encoder runs before the model is called.
-            if options.get("input_ids") is None and options.get("inputs") is not None:
-                options["input_ids"] = options.pop("inputs")
-            rows, _ = self._sides(task_ids)
-            options = with_rows(options, rows, _embedding(module))
+            arguments = (None, *others)
+        inputs = reading.encoder_inputs(options)
+        if arguments:
+            arguments = (inputs.pop("inputs", None), *arguments[1:])
 
         def behind(_: nn.Module, __: Any, given: Inputs) -> tuple[tuple[()], Inputs]:
             if given.get("use_cache") is False:
                 given = {**given, "past_key_values": None}  # that of the call before, which read the whole text too
-            return (), self._behind_prompt(given, task_ids)
+            return (), reading.inputs(given)
 
         handle = module.register_forward_pre_hook(behind, with_kwargs=True)
         try:
-            return module.generate(*arguments, **options)
+            return module.generate(*arguments, **inputs)
         finally:
             handle.remove()
 
@@ -280,37 +276,10 @@ class PromptModule(nn.Module):
     def _config(self) -> Prompt:
         return self.peft_config[self.active_adapter]
 
-    @property
-    def _encodes(self) -> bool:
-        return bool(getattr(self.config, "is_encoder_decoder", False))
-
-    @property
-    def _side(self) -> str:
-        """Before the names of the arguments that what the model says of tokens is about."""
-        return "decoder_" if self._encodes else ""
-
-    @property
-    def _stands_in_rows(self) -> bool:
-        return not isinstance(self._config, PrefixTuningConfig)
-
-    def _rows_of(self, side: str) -> bool:
-        """Whether rows of the prompt stand before the tokens of this side."""
-        return self._stands_in_rows and (not side or self._decodes_behind_rows)
-
-    @property
-    def _labels_texts(self) -> bool:
-        """Whether a label is that of a text and not of a token."""
-        return self._config.task_type == "SEQ_CLS" or "SequenceClassification" in type(self.get_base_model()).__name__
-
-    @property
-    def _decodes_behind_rows(self) -> bool:
-        # PEFT's other rows for a decoder are read by nothing.
+    def _reading(self, task_ids: torch.Tensor | None) -> Reading:
         config = self._config
-        several = isinstance(config, VirtualTokens) and config.submodules == 2
-        return self._encodes and several and config.peft_type == "MULTITASK_PROMPT_TUNING"
-
-    def _named(self, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Inputs:
-        return dict(zip(self._takes.parameters, arguments, strict=False)) | dict(options)
+        assert isinstance(config, (PrefixTuningConfig, TokenPrompt))
+        return Reading(self.get_base_model(), config, self._arrays(), task_ids, _drop if self.training else None)
 
     def _arrays(self) -> dict[str, torch.Tensor]:
         config = self._config
@@ -322,49 +291,6 @@ class PromptModule(nn.Module):
             return found
         encoder: Any = self.prompt_encoder[self.active_adapter]
         return encoder.arrays()
-
-    def _sides(self, task_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows that stand before a text, and those before a decoder's, which may be none."""
-        drop = _drop if self.training else None
-        rows = self._config.weights(self._arrays(), task_ids=task_ids, drop=drop)[TOKENS]
-        count = _count(self._config)
-        return rows[..., :count, :], rows[..., count:, :]
-
-    def _behind_prompt(self, given: Inputs, task_ids: torch.Tensor | None) -> Inputs:
-        """The arguments with the prompt before the texts."""
-        config, module, side = self._config, self.get_base_model(), self._side
-        if isinstance(config, PrefixTuningConfig):
-            without_tasks(config, task_ids)
-            if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
-                message = "gradient checkpointing keeps no keys and values, so a prefix has no effect there; disable it"
-                raise UnsupportedError(message)
-            dtype = _embedding(module).weight.dtype
-            pairs = [(k.to(dtype), v.to(dtype)) for k, v in config.key_values(self._arrays())]
-            given = self._with_decoder(given) if side else given
-            return with_keys(given, pairs, side)
-        first, second = self._sides(task_ids)
-        if side and self._decodes_behind_rows:
-            given = with_labels(with_rows(self._with_decoder(given), second, _embedding(module), side), _count(config))
-        if side:
-            return given if given.get("encoder_outputs") is not None else with_rows(given, first, _embedding(module))
-        if not is_behind(given):
-            given = with_labels(given, _count(config), of_texts=self._labels_texts)
-        return with_rows(given, first, _embedding(module))
-
-    def _with_decoder(self, given: Inputs) -> Inputs:
-        """The arguments with the decoder's text, which follows from labels where it is not given."""
-        if all(given.get(name) is None for name in ("decoder_input_ids", "decoder_inputs_embeds")):
-            if given.get("labels") is None:
-                message = "neither decoder_input_ids nor labels are given; the decoder reads one of them"
-                raise ConfigError(message)
-            module: Any = self.get_base_model()
-            return {**given, "decoder_input_ids": module.prepare_decoder_input_ids_from_labels(labels=given["labels"])}
-        return given
-
-    def _length(self, given: Inputs, side: str) -> int:
-        """How long the texts are that the model says something of."""
-        known = any(given.get(f"{side}{name}") is not None for name in ("input_ids", "inputs_embeds"))
-        return text_size(given, side)[1] if known or not side else text_size(self._with_decoder(given), side)[1]
 
     def _set_trained(self, trainable: bool) -> PromptModule:
         frozen = {name for name, row in self._config.params().items() if row.frozen}
@@ -386,126 +312,23 @@ class _Held(nn.Module):
         return self.model(*arguments, **options)
 
 
-class _Encoder(nn.Module):
-    """The arrays of a prompt, under the names that PEFT's encoders give them."""
-
-    def __init__(self, config: Prompt, arrays: Mapping[str, torch.Tensor], *, trainable: bool) -> None:
-        super().__init__()
-        table = config.params()
-        self._paths = {name: _ROWS if name == EMBEDDINGS else name for name in arrays}
-        for name, array in arrays.items():
-            holder, _, last = self._paths[name].rpartition(".")
-            is_trained = trainable and name in table and not table[name].frozen
-            self._within(holder).register_parameter(last, nn.Parameter(array, requires_grad=is_trained))
-
-    def arrays(self) -> dict[str, torch.Tensor]:
-        """The arrays by the names of the prompt's table."""
-        found = {}
-        for name, path in self._paths.items():
-            holder, _, last = path.rpartition(".")
-            found[name] = getattr(self.get_submodule(holder), last)
-        return found
-
-    def _within(self, path: str) -> nn.Module:
-        inner: nn.Module = self
-        for name in filter(None, path.split(".")):
-            if name not in dict(inner.named_children()):
-                inner.add_module(name, nn.Module())
-            inner = inner.get_submodule(name)
-        return inner
-
-
-def _check(module: nn.Module, config: Prompt, adapter_name: str) -> None:
-    """Refuse what cannot have the prompt, before anything of it is changed.
-
-    Raises:
-        ConfigError: the name is none, or the model has an adapter or a prompt.
-        ShapeError, UnsupportedError: the model cannot read the prompt.
-    """
-    if "." in adapter_name or not adapter_name:
-        message = f"adapter_name is {adapter_name!r}; it must be a name without dots"
-        raise ConfigError(message)
-    if any(isinstance(part, (PromptModule, PromptedAttention, AdaptedLayer, SavedModule)) for part in module.modules()):
-        message = "the model has an adapter or a prompt already; unload or merge it first"
-        raise ConfigError(message)
-    decodes = bool(getattr(module.config, "is_encoder_decoder", False))
-    if isinstance(config, AdaptionPromptConfig):
-        for name in config.modules:
-            PromptedAttention.check(module.get_submodule(name))
-        return
-    if isinstance(config, VirtualTokens) and config.submodules == 2 and not decodes:
-        message = (
-            f"{config.peft_type} with 2 submodules (task_type {config.task_type}) is for an encoder with a decoder, and "
-            f"{type(module).__name__} is none"
-        )
-        raise UnsupportedError(message)
-    width = _embedding(module).weight.shape[1]
-    if isinstance(config, PrefixTuningConfig):
-        _check_prefix(module, config)
-    elif isinstance(config, VirtualTokens) and config.token_dim != width:
-        message = f"{type(config).__name__}.token_dim is {config.token_dim}; the rows of this model's words are {width} wide"
-        raise ShapeError(message)
-
-
-def _check_prefix(module: Any, config: PrefixTuningConfig) -> None:
-    """Refuse a model that reads no keys and values from before, or other ones."""
-    inner = getattr(module, getattr(module, "base_model_prefix", ""), module)
-    for part in (module, inner):
-        names = inspect.signature(part.forward).parameters
-        passes = part is not inner and any(row.kind is row.VAR_KEYWORD for row in names.values())
-        if "past_key_values" not in names and not passes:
-            message = f"{type(part).__name__} takes no past_key_values, so a prefix has no effect on it"
-            raise UnsupportedError(message)
-    width = getattr(module.config, "d_kv", None)
-    if width is not None and width * config.size("num_attention_heads") != config.token_dim:
-        message = (
-            f"PrefixTuningConfig.token_dim is {config.token_dim} for {config.num_attention_heads} heads; those of this "
-            f"model are {width} wide each: set token_dim to {width * config.size('num_attention_heads')}"
-        )
-        raise ShapeError(message)
-
-
-def _host(module: Any) -> Host:
-    config = getattr(module, "config", None)
-    if not callable(getattr(config, "to_dict", None)):
-        message = (
-            f"a soft prompt goes before what a model of transformers reads, and {type(module).__name__} is none; give "
-            "your own module what config.weights(params) makes"
-        )
-        raise ConfigError(message)
-    return Host.read(module.config.to_dict(), [name for name, _ in module.named_parameters()])
-
-
-def _embedding(module: Any) -> Any:
-    """The layer that makes the rows of words."""
-    found = module.get_input_embeddings()
-    if found.weight.is_meta:
-        message = "the model is on the meta device; load its weights first"
-        raise UnsupportedError(message)
-    return found
-
-
-def _count(config: Prompt) -> int:
-    assert isinstance(config, VirtualTokens)
-    return config.size("num_virtual_tokens")
-
-
 def _drop(x: torch.Tensor, share: float) -> torch.Tensor:
     return functional.dropout(x, share, training=True)
 
 
-def _signed(function: Any, signature: inspect.Signature, owner: Any) -> MethodType:
+def _signed(function: Any, signature: inspect.Signature, config: Prompt, owner: Any) -> MethodType:
     def forward(self: Any, *arguments: Any, **options: Any) -> Any:
         return function(self, *arguments, **options)
 
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     rows = list(signature.parameters.values())
     place = next((i for i, row in enumerate(rows) if row.kind is row.VAR_KEYWORD), len(rows))
+    kinds = {"task_ids": MultitaskPromptTuningConfig, "input_type_mask": CPTConfig}
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in ("task_ids", "input_type_mask")
-        if name not in signature.parameters
+        for name, kind in kinds.items()
+        if isinstance(config, kind)
     ]
-    forward.__signature__ = signature.replace(parameters=[own, *rows[:place], *added, *rows[place:]])  # type: ignore[attr-defined]
+    parameters = [own, *rows[:place], *added, *rows[place:]]
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return MethodType(forward, owner)
-

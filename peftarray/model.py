@@ -85,7 +85,9 @@ def get_peft_model(
     """
     tree, more = weights_of(model), {} if token_ids is None else {"token_ids": token_ids}
     if more and not isinstance(config, Prompt):
-        message = f"{type(config).__name__} starts from no token_ids, which are the words of a soft prompt; leave them out"
+        message = (
+            f"{type(config).__name__} starts from no token_ids, which are the words of a soft prompt; leave them out"
+        )
         raise ConfigError(message)
     if tree is None:
         return backend_of_module(model).adapt_module(model, config, seed=seed, adapter_name=adapter_name, **more)
