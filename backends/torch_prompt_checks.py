@@ -35,8 +35,8 @@ def check_prompt(module: nn.Module, config: Prompt, adapter_name: str) -> None:
         return
     if isinstance(config, VirtualTokens) and config.submodules == 2 and not decodes:
         message = (
-            f"{config.peft_type} with 2 submodules (task_type {config.task_type}) is for an encoder with a decoder, and "
-            f"{type(module).__name__} is none"
+            f"{config.peft_type} with 2 submodules (task_type {config.task_type}) is for an encoder with a decoder, "
+            f"and {type(module).__name__} is none"
         )
         raise UnsupportedError(message)
     width = embedding_of(module).weight.shape[1]

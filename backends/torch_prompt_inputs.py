@@ -1,4 +1,4 @@
-"""Where a soft prompt stands among the arguments of a model of transformers: rows before a text's, keys before its keys.
+"""Where a soft prompt stands among the arguments of a model of transformers: rows before a text's, keys before its own.
 
 Arguments are mappings by the names that such models have. What a cache holds already stands behind the prompt.
 """
