@@ -24,6 +24,7 @@ from peftarray.formats.peft_writer import load_adapters, save_adapters
 from peftarray.formats.prompts import holds_prompt
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
+from peftarray.methods.adalora_budget import pruned_adapters
 from peftarray.prompted import PromptModel
 from peftarray.prompts import Prompt
 from peftarray.sites import (
@@ -239,6 +240,11 @@ class PeftModel:
     def unfreeze(self) -> PeftModel:
         """The same model, whose adapter training changes."""
         return self._with(replace(self._active, trainable=True))
+
+    def prune(self, keep: Mapping[str, Sequence[bool]]) -> PeftModel:
+        """The same model with only these triples of its AdaLoRA adapter, such as an `AdaLoraBudget`'s."""
+        config, adapters = pruned_adapters(self._active.config, self.adapters, keep)
+        return self._with(replace(self._active, config=config, adapters=adapters))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many numbers training changes, and how many there are."""
