@@ -25,7 +25,7 @@ from peftarray.formats.prompts import holds_prompt
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
 from peftarray.methods.adalora_budget import pruned_adapters
-from peftarray.prompted import PromptModel
+from peftarray.prompted import PromptModel, check_words
 from peftarray.prompts import Prompt
 from peftarray.sites import (
     TOKENS,
@@ -61,8 +61,7 @@ def get_peft_model(
     Args:
         model: a mapping of names to arrays, or nested ones (as JAX and Flax have them), with any function that uses
             them; an object with such `weights`, as those of `peftarray.models`; or a `torch.nn.Module`.
-        config: the method, with `target_modules`; or a soft prompt, for a model of `peftarray.models` or of
-            transformers.
+        config: the method, with `target_modules`; or a soft prompt, for a model of `peftarray.models` or transformers.
         seed: the same seed gives the same adapter on every library.
         adapter_name: what the adapter is called.
         layers: module's name -> its layer, for what a mapping does not say; see `peftarray.sites.find_sites`.
@@ -84,14 +83,10 @@ def get_peft_model(
         >>> (np.ones((1, 4), np.float32) @ model.weights["up.weight"].T).shape
         (1, 8)
     """
-    tree, more = weights_of(model), {} if token_ids is None else {"token_ids": token_ids}
-    if more and not isinstance(config, Prompt):
-        message = (
-            f"{type(config).__name__} starts from no token_ids, which are the words of a soft prompt; leave them out"
-        )
-        raise ConfigError(message)
+    check_words(config, token_ids)
+    tree, named = weights_of(model), {"seed": seed, "adapter_name": adapter_name}
     if tree is None:
-        return backend_of_module(model).adapt_module(model, config, seed=seed, adapter_name=adapter_name, **more)
+        return backend_of_module(model).adapt_module(model, config, **named, token_ids=token_ids)
     if isinstance(config, Prompt):
         return PromptModel.create(model, config, seed=seed, token_ids=token_ids)
     check_training(config)

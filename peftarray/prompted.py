@@ -20,7 +20,7 @@ from peftarray.sites import saved_modules, with_heads
 from peftarray.summary import trainable_summary
 from peftarray.targets import is_saved
 
-__all__ = ["PromptModel"]
+__all__ = ["PromptModel", "check_words"]
 
 
 @dataclass(eq=False)
@@ -216,6 +216,17 @@ class PromptModel:
     def _weights(self, drop: Drop | None) -> dict[str, Array]:
         own = self.config.weights(self.arrays, task_ids=self.task_ids, drop=drop)
         return dict(self.base.weights) | dict(self.whole) | own
+
+
+def check_words(config: Any, token_ids: Sequence[int] | None) -> None:
+    """Refuse words to start from for what is no prompt.
+
+    Raises:
+        ConfigError: some are given.
+    """
+    if token_ids is not None and not isinstance(config, Prompt):
+        message = f"{type(config).__name__} starts from no token_ids, which are a soft prompt's words; leave them out"
+        raise ConfigError(message)
 
 
 def _with_whole(model: Any, config: Prompt) -> tuple[Prompt, dict[str, Array]]:
