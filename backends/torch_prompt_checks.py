@@ -7,6 +7,7 @@ from typing import Any
 
 from peftarray.backends.torch_layers import AdaptedLayer, SavedModule
 from peftarray.backends.torch_prompt_attention import PromptedAttention
+from peftarray.backends.torch_prompt_encoder import PromptArrays
 from torch import nn
 
 from peftarray.errors import ConfigError, ShapeError, UnsupportedError
@@ -25,7 +26,7 @@ def check_prompt(module: nn.Module, config: Prompt, adapter_name: str) -> None:
     if "." in adapter_name or not adapter_name:
         message = f"adapter_name is {adapter_name!r}; it must be a name without dots"
         raise ConfigError(message)
-    if any(isinstance(part, (PromptedAttention, AdaptedLayer, SavedModule)) for part in module.modules()):
+    if any(isinstance(part, (PromptArrays, PromptedAttention, AdaptedLayer, SavedModule)) for part in module.modules()):
         message = "the model has an adapter or a prompt already; unload or merge it first"
         raise ConfigError(message)
     decodes = bool(getattr(module.config, "is_encoder_decoder", False))
@@ -80,10 +81,11 @@ def host_of(module: Any) -> Host:
             "your own module what config.weights(params) makes"
         )
         raise ConfigError(message)
+    # Sizes that have another name on disk have these in memory.
+    known = {name: getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
     facts = config.to_dict()
-    layers = getattr(config, "num_hidden_layers", None)  # which some say by another name on disk
-    if "text_config" not in facts and layers is not None:
-        facts = {**facts, "num_hidden_layers": layers}
+    if "text_config" not in facts:
+        facts |= {name: size for name, size in known.items() if size is not None}
     return Host.read(facts, [name for name, _ in module.named_parameters()])
 
 
