@@ -141,13 +141,16 @@ class PromptModule(nn.Module):
     def forward(
         self,
         *arguments: Any,
+        labels: torch.Tensor | None = None,
         task_ids: torch.Tensor | None = None,
         input_type_mask: torch.Tensor | None = None,
         **options: Any,
     ) -> Any:
         """What the model makes of texts behind the prompt."""
         module, config = self.get_base_model(), self._config
+        # Training loops look for labels among the arguments of the class.
         given: Inputs = dict(zip(self._takes.parameters, arguments, strict=False)) | options
+        given |= {} if labels is None else {"labels": labels}
         if input_type_mask is not None and not isinstance(config, CPTConfig):
             message = f"input_type_mask is for the loss of CPT, and the prompt is {config.peft_type}; leave it out"
             raise ConfigError(message)
@@ -157,11 +160,11 @@ class PromptModule(nn.Module):
         reading = self._reading(task_ids)
         as_tuple = given.get("return_dict", getattr(self.config, "return_dict", True)) is False
         given["return_dict"] = True
-        labels = given.pop("labels", None) if isinstance(config, CPTConfig) else None
+        words = given.pop("labels", None) if isinstance(config, CPTConfig) else None
         with reading.scoring(given):
             output = module(**reading.inputs(given))
-        if labels is not None:
-            loss = config.weighted_loss(output.logits, *config.labelled(labels, input_type_mask))
+        if words is not None:
+            loss = config.weighted_loss(output.logits, *config.labelled(words, input_type_mask))
             output = type(output)(**{"loss": loss, **output})
         output = reading.of_text(output, reading.length(given))
         return output.to_tuple() if as_tuple else output

@@ -38,13 +38,20 @@ def cases(draw):
 
 @settings(max_examples=40)
 @given(case=cases())
-def test_it_is_that_of_peft(case, asarray, to_numpy):
-    config, logits, labels, types = case
-    output = CPTEmbedding.calculate_loss(
-        SimpleNamespace(logits=torch.asarray(logits)), torch.asarray(labels), torch.asarray(types), config
-    )
-    found = config.weighted_loss(asarray(logits), asarray(labels), asarray(types))
-    assert float(to_numpy(found)) == pytest.approx(float(output.loss), abs=1e-6, rel=1e-6)
+def test_it_is_that_of_peft(case):
+    config, *arrays = case
+    tensors = [torch.asarray(array) for array in arrays]
+    output = CPTEmbedding.calculate_loss(SimpleNamespace(logits=tensors[0]), *tensors[1:], config)
+    assert config.weighted_loss(*arrays) == pytest.approx(float(output.loss), abs=1e-6, rel=1e-6)
+    assert config.weighted_loss(*tensors).item() == pytest.approx(float(output.loss), abs=1e-6, rel=1e-6)
+
+
+def test_it_is_the_same_on_every_library(asarray, to_numpy):
+    config = CPTConfig(task_type="CAUSAL_LM", opt_weighted_loss_type="decay", opt_loss_decay_factor=0.5, **EXAMPLES)
+    logits = np.random.default_rng(0).standard_normal((2, 13, 11)).astype(np.float32)
+    wanted = config.weighted_loss(logits, *config.labelled(IDS))
+    found = config.weighted_loss(asarray(logits), *config.labelled(asarray(IDS)))
+    assert float(to_numpy(found)) == pytest.approx(float(wanted), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["none", "decay"])

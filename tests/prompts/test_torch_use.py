@@ -77,6 +77,21 @@ def test_beside_a_model_in_bfloat16_it_is_float32(kind):
     assert (output.logits.float() - wanted).abs().max() < 0.1 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"])
+def test_the_trainer_of_transformers_trains_it(kind, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = pa.get_peft_model(llama(), own_config(kind, "CAUSAL_LM"))
+    rows = [{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)} for ids in IDS]
+    options = {"num_train_epochs": 8, "learning_rate": 0.1, "report_to": [], "disable_tqdm": True, "use_cpu": True}
+    trainer = Trainer(
+        model, TrainingArguments(tmp_path, save_strategy="no", **options), train_dataset=rows, eval_dataset=rows
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+
+
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING projected"])
 def test_fit_trains_it(kind):
     model = pa.get_peft_model(llama(), own_config(kind, "CAUSAL_LM"))
