@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import wraps
 from typing import Any, Literal
 
@@ -12,7 +12,9 @@ import torch
 import torch.utils.checkpoint
 
 from peftarray import arrays
+from peftarray.formats.prompts import holds_prompt
 from peftarray.gradients import Chosen, check_loss, refuse_independent, refuse_unused
+from peftarray.prompts import Prompt
 
 __all__ = [
     "COMPILES",
@@ -94,8 +96,19 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True)
 
 
-def adapt_module(module: Any, config: Any, *, seed: int = 0, adapter_name: str = "default") -> Any:
+def adapt_module(
+    module: Any,
+    config: Any,
+    *,
+    seed: int = 0,
+    adapter_name: str = "default",
+    token_ids: Sequence[int] | None = None,
+) -> Any:
     """`peftarray.get_peft_model` for a `torch.nn.Module`."""
+    if isinstance(config, Prompt):
+        from peftarray.backends import torch_prompts
+
+        return torch_prompts.adapt_module(module, config, seed=seed, adapter_name=adapter_name, token_ids=token_ids)
     from peftarray.backends import torch_modules
 
     return torch_modules.adapt_module(module, config, seed=seed, adapter_name=adapter_name)
@@ -103,6 +116,10 @@ def adapt_module(module: Any, config: Any, *, seed: int = 0, adapter_name: str =
 
 def load_module(module: Any, folder: Any, *, adapter_name: str = "default", is_trainable: bool = False) -> Any:
     """`peftarray.PeftModel.from_pretrained` for a `torch.nn.Module`."""
+    if holds_prompt(folder):
+        from peftarray.backends import torch_prompts
+
+        return torch_prompts.load_module(module, folder, adapter_name=adapter_name, is_trainable=is_trainable)
     from peftarray.backends import torch_modules
 
     return torch_modules.load_module(module, folder, adapter_name=adapter_name, is_trainable=is_trainable)

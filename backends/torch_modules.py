@@ -14,6 +14,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from peftarray.backends.torch_adalora import Budgeted
 from peftarray.backends.torch_layers import (
     AdaptedLayer,
     Arrays,
@@ -86,7 +87,7 @@ def load_module(
     return model
 
 
-class PeftModule(nn.Module):
+class PeftModule(Budgeted):
     """A module with an adapter: it is used like the module, and trained like any other.
 
     Attributes:
@@ -179,9 +180,9 @@ class PeftModule(nn.Module):
         """
         name = self.active_adapter
         folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-        adapters = {module: layer.adapter(name) for module, layer in self._adapted()}
+        config, adapters = self._within_budget()
         whole = {key: parameter.detach() for key, parameter in self._whole()}
-        save_adapters(folder, self.peft_config[name], adapters, replace=whole)
+        save_adapters(folder, config, adapters, replace=whole)
 
     def replace(self, whole: Mapping[str, torch.Tensor]) -> None:
         """Give what is trained whole the values that a file brings.

@@ -68,6 +68,11 @@ class WithParams:
     def __init__(self, module: nn.Module, params: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
         self._module, self._params, self._dtype = module, dict(params), dtype
 
+    @property
+    def params(self) -> dict[str, torch.Tensor]:
+        """Name -> the tensor that it is called with."""
+        return self._params
+
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         if self._dtype is None:
             return torch.func.functional_call(self._module, self._params, arguments, options)

@@ -7,7 +7,7 @@ The weights are a pure function of the adapter's arrays, so that any library dif
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from peftarray.formats.peft_writer import load_adapters, save_adapters
 from peftarray.formats.prompts import holds_prompt
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
-from peftarray.prompted import PromptModel
+from peftarray.methods.adalora_budget import pruned_adapters
+from peftarray.prompted import PromptModel, check_words
 from peftarray.prompts import Prompt
 from peftarray.sites import (
     TOKENS,
@@ -53,16 +54,18 @@ def get_peft_model(
     seed: int = 0,
     adapter_name: str = "default",
     layers: Mapping[str, Layer] | None = None,
+    token_ids: Sequence[int] | None = None,
 ) -> Any:
     """A model with a new adapter on the weights that `config` targets.
 
     Args:
         model: a mapping of names to arrays, or nested ones (as JAX and Flax have them), with any function that uses
             them; an object with such `weights`, as those of `peftarray.models`; or a `torch.nn.Module`.
-        config: the method, with `target_modules`; or a soft prompt, for a model of `peftarray.models`.
+        config: the method, with `target_modules`; or a soft prompt, for a model of `peftarray.models` or transformers.
         seed: the same seed gives the same adapter on every library.
         adapter_name: what the adapter is called.
         layers: module's name -> its layer, for what a mapping does not say; see `peftarray.sites.find_sites`.
+        token_ids: the words that a soft prompt starts from, as the model's tokenizer numbers them.
 
     Returns:
         A `PeftModel`, or a `PromptModel`; for a torch module, a module that is used like it, with PEFT's names.
@@ -80,12 +83,13 @@ def get_peft_model(
         >>> (np.ones((1, 4), np.float32) @ model.weights["up.weight"].T).shape
         (1, 8)
     """
-    if isinstance(config, Prompt):
-        return PromptModel.create(model, config, seed=seed)
-    check_training(config)
-    tree = weights_of(model)
+    check_words(config, token_ids)
+    tree, named = weights_of(model), {"seed": seed, "adapter_name": adapter_name}
     if tree is None:
-        return backend_of_module(model).adapt_module(model, config, seed=seed, adapter_name=adapter_name)
+        return backend_of_module(model).adapt_module(model, config, **named, token_ids=token_ids)
+    if isinstance(config, Prompt):
+        return PromptModel.create(model, config, seed=seed, token_ids=token_ids)
+    check_training(config)
     arrays = dict(trees.named(tree))
     modules = [name.rpartition(".")[0] for name in arrays]
     config = with_heads(config, modules)
@@ -232,6 +236,11 @@ class PeftModel:
         """The same model, whose adapter training changes."""
         return self._with(replace(self._active, trainable=True))
 
+    def prune(self, keep: Mapping[str, Sequence[bool]]) -> PeftModel:
+        """The same model with only these triples of its AdaLoRA adapter, such as an `AdaLoraBudget`'s."""
+        config, adapters = pruned_adapters(self._active.config, self.adapters, keep)
+        return self._with(replace(self._active, config=config, adapters=adapters))
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many numbers training changes, and how many there are."""
         total = sum(math.prod(array.shape) for array in trees.leaves(weights_of(self.base)) if hasattr(array, "shape"))
@@ -303,13 +312,13 @@ class PeftModel:
         Raises:
             PeftError: of the kind that fits; see `peftarray.errors`.
         """
-        if holds_prompt(folder):
-            return PromptModel.from_pretrained(model, folder, is_trainable=is_trainable)
         tree = weights_of(model)
         if tree is None:
             return backend_of_module(model).load_module(
                 model, folder, adapter_name=adapter_name, is_trainable=is_trainable
             )
+        if holds_prompt(folder):
+            return PromptModel.from_pretrained(model, folder, is_trainable=is_trainable)
         arrays = dict(trees.named(tree))
         config = read_config(Path(folder))
         sites = find_sites(arrays, config, layers or {}, model_type_of(model))

@@ -20,7 +20,7 @@ from peftarray.sites import saved_modules, with_heads
 from peftarray.summary import trainable_summary
 from peftarray.targets import is_saved
 
-__all__ = ["PromptModel"]
+__all__ = ["PromptModel", "check_words"]
 
 
 @dataclass(eq=False)
@@ -162,13 +162,7 @@ class PromptModel:
         Raises:
             UnsupportedError: the file that it came from lacks what made the prompt.
         """
-        gone = [name for name in self.config.params() if name not in self.arrays]
-        if gone:
-            message = (
-                f"a saved {self.config.peft_type} prompt holds what its encoder made and not the encoder "
-                f"({gone[0]} is gone), so training cannot go on; start a new one"
-            )
-            raise UnsupportedError(message)
+        self.config.check_trainable(self.arrays)
         return dataclasses.replace(self, trainable=True)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -222,6 +216,17 @@ class PromptModel:
     def _weights(self, drop: Drop | None) -> dict[str, Array]:
         own = self.config.weights(self.arrays, task_ids=self.task_ids, drop=drop)
         return dict(self.base.weights) | dict(self.whole) | own
+
+
+def check_words(config: Any, token_ids: Sequence[int] | None) -> None:
+    """Refuse words to start from for what is no prompt.
+
+    Raises:
+        ConfigError: some are given.
+    """
+    if token_ids is not None and not isinstance(config, Prompt):
+        message = f"{type(config).__name__} starts from no token_ids, which are a soft prompt's words; leave them out"
+        raise ConfigError(message)
 
 
 def _with_whole(model: Any, config: Prompt) -> tuple[Prompt, dict[str, Array]]:

@@ -10,13 +10,26 @@ arXiv:2303.10512.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from peftarray.adapter import Adapter
 from peftarray.arrays import Array, Params, device, integers, namespace, to_host
-from peftarray.errors import ConfigError
+from peftarray.errors import ConfigError, MatchError, nearest
+from peftarray.method import AdapterConfig
 from peftarray.methods.adalora import AdaLoraConfig
 
-__all__ = ["Importance", "allocate", "budget_at", "kept", "observe", "orthogonality_penalty", "pruned", "scores"]
+__all__ = [
+    "Importance",
+    "allocate",
+    "budget_at",
+    "kept",
+    "last_pruning",
+    "observe",
+    "orthogonality_penalty",
+    "pruned",
+    "pruned_adapters",
+    "scores",
+]
 
 Layers = Mapping[str, Params]
 
@@ -80,7 +93,7 @@ def budget_at(config: AdaLoraConfig, step: int, total: int, layers: int) -> tupl
         total: triples of all layers at the start.
         layers: how many layers there are.
     """
-    last = _last(config)
+    last = last_pruning(config)
     target = config.target_r * layers
     if step <= config.tinit:
         return total, False
@@ -122,7 +135,7 @@ def allocate(
         The parameters, and what the next call needs: the importance, and which triples were kept at the last pruning
         (for `rank_pattern`; None before the first).
     """
-    last = _last(config)
+    last = last_pruning(config)
     if step < last:
         importance = observe(config, importance, layers, gradients)
     total = sum(p["lora_E"].shape[0] for p in layers.values())
@@ -145,7 +158,32 @@ def pruned(params: Params, keep: Sequence[bool]) -> dict[str, Array]:
     return {name: xp.take(array, places, axis=1 if name == "lora_B" else 0) for name, array in params.items()}
 
 
-def _last(config: AdaLoraConfig) -> int:
+def pruned_adapters(
+    config: AdapterConfig, adapters: Mapping[str, Adapter], keep: Mapping[str, Sequence[bool]]
+) -> tuple[AdaLoraConfig, dict[str, Adapter]]:
+    """The configuration with the `rank_pattern`, and the adapters with only the triples that are kept.
+
+    Raises:
+        ConfigError: the method is not AdaLoRA, or the triples were left out before.
+        MatchError: a module has no adapter, or an adapter no entry.
+    """
+    if not isinstance(config, AdaLoraConfig) or config.rank_pattern:
+        what = "is pruned already" if isinstance(config, AdaLoraConfig) else f"is {type(config).__name__}'s"
+        message = f"the adapter {what}; prune leaves out triples of an AdaLoRA adapter once, when its training is over"
+        raise ConfigError(message)
+    ours = {name: adapter for name, adapter in adapters.items() if isinstance(adapter.config, AdaLoraConfig)}
+    for name in keep.keys() ^ ours.keys():
+        message = f"{name} has {'no adapter' if name in keep else 'an adapter, and no entry'}{nearest(name, ours)}"
+        raise MatchError(message)
+    config = replace(config, rank_pattern={f"{name}.lora_E": list(keep[name]) for name in ours})
+    small = {
+        name: replace(adapter, config=config.at(name), params=pruned(adapter.params, keep[name]))
+        for name, adapter in ours.items()
+    }
+    return config, {**adapters, **small}
+
+
+def last_pruning(config: AdaLoraConfig) -> int:
     """The step of the last pruning."""
     if config.total_step is None:
         message = "AdaLoraConfig.total_step is None; the schedule needs the number of training steps"

@@ -12,7 +12,7 @@ from peftarray.models.generation import generate
 from peftarray.models.gpt2 import GPT2, GPT2Config
 from peftarray.models.llama import Llama, LlamaConfig
 from peftarray.models.loading import MODEL_TYPES, create, load
-from peftarray.models.losses import causal_loss, classification_loss, regression_loss
+from peftarray.models.losses import causal_loss, classification_loss, cpt_loss, regression_loss
 from peftarray.models.model import Decoder, Model
 from peftarray.models.saving import save
 
@@ -29,6 +29,7 @@ __all__ = [
     "Model",
     "causal_loss",
     "classification_loss",
+    "cpt_loss",
     "create",
     "generate",
     "load",

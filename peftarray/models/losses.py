@@ -17,8 +17,9 @@ from peftarray.errors import ShapeError
 from peftarray.models.bert import Bert
 from peftarray.models.linear import Weights
 from peftarray.models.model import Decoder
+from peftarray.prompts import CPTConfig
 
-__all__ = ["Loss", "causal_loss", "classification_loss", "regression_loss"]
+__all__ = ["Loss", "causal_loss", "classification_loss", "cpt_loss", "regression_loss"]
 
 Loss = Callable[[Weights, Mapping[str, Any]], Array]
 
@@ -45,6 +46,26 @@ def causal_loss(model: Decoder) -> Loss:
         labels = _beside(batch["labels"], hidden) if "labels" in batch else _unpadded(ids, mask, hidden)
         _check(labels, hidden.shape[:2], "(batch, length)")
         return linear_cross_entropy(hidden[:, :-1, :], model.head(weights), labels[:, 1:], ignore_index=_IGNORED)
+
+    return loss
+
+
+def cpt_loss(model: Decoder, config: CPTConfig) -> Loss:
+    """The loss of context-aware prompt tuning: the labels of the prompt's examples count beside those of the text.
+
+    A batch is as for `causal_loss`, and may hold `input_type_mask`, which `CPTConfig.labelled` explains. The weights
+    are those of a `PromptModel` with this configuration; `CPTConfig.weighted_loss` says how labels are weighted.
+    """
+
+    def loss(weights: Weights, batch: Mapping[str, Any]) -> Array:
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        hidden = model.hidden_states(weights, ids, mask, with_prompt=True)
+        logits = model.logits(weights, hidden)
+        given = _beside(batch["labels"], hidden) if "labels" in batch else _unpadded(ids, mask, hidden)
+        _check(given, (hidden.shape[0], hidden.shape[1] - config.total), "(batch, length)")
+        types = batch.get("input_type_mask")
+        labels, types = config.labelled(given, None if types is None else _beside(types, hidden))
+        return config.weighted_loss(logits, labels, types)
 
     return loss
 

@@ -131,10 +131,19 @@ class Decoder(Model):
         return self.logits(weights, self.hidden_states(weights, input_ids, attention_mask, positions=positions))
 
     def hidden_states(
-        self, weights: Weights, input_ids: Tokens, attention_mask: Any = None, *, positions: Any = None
+        self,
+        weights: Weights,
+        input_ids: Tokens,
+        attention_mask: Any = None,
+        *,
+        positions: Any = None,
+        with_prompt: bool = False,
     ) -> Array:
-        """What the head reads, `(batch, length, width)`; arguments as for the logits."""
-        return self._run(weights, input_ids, attention_mask, positions, None)[0]
+        """What the head reads, `(batch, length, width)`; arguments as for the logits.
+
+        With `with_prompt` the rows of virtual tokens that the weights hold come first.
+        """
+        return self._run(weights, input_ids, attention_mask, positions, None, with_prompt=with_prompt)[0]
 
     def step(
         self,
@@ -185,7 +194,14 @@ class Decoder(Model):
     generate = generate
 
     def _run(
-        self, weights: Weights, input_ids: Tokens, attention_mask: Any, positions: Any, cache: Cache | None
+        self,
+        weights: Weights,
+        input_ids: Tokens,
+        attention_mask: Any,
+        positions: Any,
+        cache: Cache | None,
+        *,
+        with_prompt: bool = False,
     ) -> tuple[Array, tuple[Pair, ...]]:
         """Hidden states of tokens after those in `cache`, and the keys and values of all; none of these without one."""
         config = self.config
@@ -200,8 +216,8 @@ class Decoder(Model):
         past = earlier[0][0].shape[2] if earlier else 0
         attention_mask = masked_behind(virtual, attention_mask, like)
         positions = placed_behind(virtual, positions, first=rows is not None)
-        own = length
         length += virtual if rows is not None else 0
+        own = length if with_prompt else ids.shape[1]
         places = token_positions(positions, batch, past, length, self.limit)
         masks = {
             window: score_mask(attention_mask, batch, past, length, like, window=window)

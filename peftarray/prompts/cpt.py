@@ -13,7 +13,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from peftarray.arrays import Array, Params, constant, namespace, stop_gradient
+from peftarray.arrays import Array, Params, constant, integers, namespace, stop_gradient
+from peftarray.autodiff.fused import log_softmax
 from peftarray.errors import ConfigError
 from peftarray.method import Param
 from peftarray.method_dropout import Drop
@@ -27,6 +28,7 @@ _BASE, _MOVE = "embedding.weight", "delta_embedding.weight"
 _FORMAT, _INPUT, _LABEL_FORMAT = 1, 2, 3
 """What a token is, its type modulo 4: the format of an input, an input, the format of a label; 0 is a label."""
 _FIXED = 1e-10
+_IGNORED = -100
 _numbers = Rule(
     lambda value: value is None or (isinstance(value, (list, tuple)) and all(whole(0).allows(item) for item in value)),
     "None or a list of whole numbers of at least 0",
@@ -118,6 +120,48 @@ class CPTConfig(TokenPrompt):
         least = constant(np.maximum(radius, _FIXED), move)
         return move * (constant(radius, move) / xp.maximum(norm, least))
 
+    def labelled(self, labels: Array, input_types: Array | None = None) -> tuple[Array, Array]:
+        """Labels and types of the prompt's words and of a text's behind them, for `weighted_loss`.
+
+        Args:
+            labels: the text's words `(batch, length)`; what is -100 does not count.
+            input_types: what each word of the text is, numbered as in `cpt_tokens_type_mask` from the text's own first
+                example on; 4 each, a label, if None.
+
+        Returns:
+            `(batch, total + length)` twice. Words that are no label have the label -100.
+        """
+        assert self.cpt_token_ids is not None
+        xp, batch = namespace(labels), labels.shape[0]
+        ids, kinds = (
+            xp.astype(xp.broadcast_to(integers(list(values), labels), (batch, self.total)), labels.dtype)
+            for values in (self.cpt_token_ids, self._types)
+        )
+        own = xp.full_like(labels, 4) if input_types is None else xp.astype(input_types, labels.dtype)
+        # Whole examples are counted on, so that a word stays what it is.
+        own = xp.where(own > 0, own + 4 * -(-max(self._types) // 4), own)
+        types = xp.concat([kinds, own], axis=1)
+        return xp.where(_are_labels(types), xp.concat([ids, labels], axis=1), _IGNORED), types
+
+    def weighted_loss(self, logits: Array, labels: Array, types: Array) -> Array:
+        """The mean cross-entropy of each next label, those of older examples by `opt_loss_decay_factor` less.
+
+        With the decay, the labels of the last example have weight 1, those of the one before it the factor, then its
+        square and so on; the sum is divided by how many there are, and not by their weights.
+
+        Args:
+            logits: of prompt and text, `(batch, total + length, vocabulary)`.
+            labels, types: from `labelled`.
+        """
+        shares, labels, types = log_softmax(logits[:, :-1, :]), labels[:, 1:], types[:, 1:]
+        xp, counts = namespace(shares), labels != _IGNORED
+        chosen = xp.take_along_axis(shares, xp.where(counts, labels, 0)[..., None], axis=-1)[..., 0]
+        weights = xp.astype(counts, shares.dtype)
+        number = xp.sum(weights)
+        if self.opt_weighted_loss_type == "decay":
+            weights = weights * self.opt_loss_decay_factor ** xp.astype(_newer(types), shares.dtype)
+        return -xp.sum(chosen * weights) / number
+
     @property
     def _types(self) -> Sequence[int]:
         return self.cpt_tokens_type_mask or ()
@@ -133,3 +177,17 @@ class CPTConfig(TokenPrompt):
     @staticmethod
     def _column(values: Sequence[float]) -> np.ndarray:
         return np.asarray(values, np.float32)[:, None]
+
+
+def _are_labels(types: Array) -> Array:
+    return (types > 0) & (types % 4 == 0)
+
+
+def _newer(types: Array) -> Array:
+    """How many examples in a text have their label behind that of each word's example, `(batch, length)`."""
+    xp, labels = namespace(types), _are_labels(types)
+    earlier = integers(np.tri(types.shape[1], k=-1), types) > 0  # (a word, those before it)
+    repeated = xp.any((types[:, :, None] == types[:, None, :]) & earlier, axis=2)
+    first = labels & ~repeated
+    later = first[:, None, :] & (types[:, None, :] > types[:, :, None])
+    return xp.sum(xp.astype(later, types.dtype), axis=2)

@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from peftarray.arrays import Array, Params, constant, integers, namespace, wide
-from peftarray.errors import ConfigError, MatchError, ShapeError, nearest
+from peftarray.errors import ConfigError, MatchError, ShapeError, UnsupportedError, nearest
 from peftarray.method import Param
 from peftarray.method_dropout import Drop
 from peftarray.prompts.host import Host
@@ -128,6 +128,20 @@ class Prompt(ABC):
                 assert row.init is not None
                 made[name] = constant(row.init(seed, f"prompt/{name}", sizes(row)), wide(like))
         return made
+
+    def check_trainable(self, names: Collection[str]) -> None:
+        """Check that arrays of these names are all that training goes on from.
+
+        Raises:
+            UnsupportedError: the file that they came from lacks what made the prompt.
+        """
+        gone = [name for name in self.params() if name not in names]
+        if gone:
+            message = (
+                f"a saved {self.peft_type} prompt holds what its encoder made and not the encoder ({gone[0]} is gone), "
+                "so training cannot go on; start a new one"
+            )
+            raise UnsupportedError(message)
 
     def num_parameters(self) -> int:
         """How many numbers train."""

@@ -12,11 +12,11 @@ from peftarray.training.optimizer import Group
 __all__ = ["orthogonality_penalty"]
 
 
-def orthogonality_penalty(params: Any, pattern: str = "lora_A|lora_B", *, weight: float = 0.5) -> Array:
+def orthogonality_penalty(params: Any, pattern: str = r"(lora_A|lora_B)(\..*)?", *, weight: float = 0.5) -> Array:
     """`weight` times the mean over matrices M of `|M M^T - I|`, the Frobenius norm, with M's short side first.
 
     Args:
-        params: a tree of arrays.
+        params: a tree of arrays, such as `model.params` or, of a torch module, `dict(model.named_parameters())`.
         pattern: a regular expression for the end of a matrix's name, as in `Group`.
         weight: the factor.
 

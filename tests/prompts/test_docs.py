@@ -14,5 +14,5 @@ def test_the_page_runs(tmp_path, monkeypatch, capsys):
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, PAGE.name, "exec"), names)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     assert "trainable params: 64 " in capsys.readouterr().out
