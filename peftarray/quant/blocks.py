@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from peftarray.arrays import Array, device, namespace
+from peftarray.errors import NumberError
 from peftarray.quant.codebooks import DYNAMIC, nearest_dynamic
 from peftarray.quant.lookup import CACHED, ByteTable, host_table
 
@@ -16,11 +17,13 @@ __all__ = [
     "block_count",
     "dequantize_dynamic",
     "expand_scaled",
+    "finite",
     "flat",
     "map_blocks",
     "mean_in_order",
     "quantize_dynamic",
     "reciprocals",
+    "rows_between_blocks",
     "scaled",
     "tiles",
 ]
@@ -48,14 +51,35 @@ def tiles(count: int, step: int, *, most: int = CACHED) -> Iterator[slice]:
         yield slice(begin, min(begin + size, count))
 
 
+def rows_between_blocks(shape: tuple[int, ...], block: int) -> int:
+    """After so many rows a row begins with a block again."""
+    return block // math.gcd(block, max(1, math.prod(shape[1:])))
+
+
 def absmax_of(values: Array, block: int) -> Array:
-    """The largest magnitude of each block of `(n,)` numbers."""
+    """The largest magnitude of each block of `(n,)` numbers.
+
+    Raises:
+        NumberError: one of them is not a finite number.
+    """
     if isinstance(values, np.ndarray):
-        if not values.size:
-            return np.zeros(0, values.dtype)
-        return np.maximum.reduceat(np.abs(values), np.arange(0, values.size, block))
+        starts = np.arange(0, values.size, block)
+        return finite(np.maximum.reduceat(np.abs(values), starts) if values.size else values)
     xp = namespace(values)
-    return xp.max(xp.abs(_in_blocks(values, block)), axis=1)
+    return finite(xp.max(xp.abs(_in_blocks(values, block)), axis=1))
+
+
+def finite(absmax: Array) -> Array:
+    """The same largest magnitudes, which NaN and infinity pass through, if they are numbers.
+
+    Raises:
+        NumberError: one of them is not.
+    """
+    xp = namespace(absmax)
+    if not bool(xp.all(xp.isfinite(absmax))):
+        message = "a weight holds NaN or infinity, which no code stands for; repair it before it is quantised"
+        raise NumberError(message)
+    return absmax
 
 
 def reciprocals(absmax: Array, smallest: float) -> Array:

@@ -8,9 +8,22 @@ from functools import cache, cached_property
 import ml_dtypes
 import numpy as np
 
+from peftarray.dtypes import storage_dtype
 from peftarray.quant.lookup import ByteTable
 
-__all__ = ["DYNAMIC", "E2M1", "E2M1_THRESHOLDS", "FP4", "NF4", "Codebook", "float8_table", "float8_thresholds", "nearest_dynamic"]
+__all__ = [
+    "DYNAMIC",
+    "E2M1_PAIRS",
+    "E2M1_THRESHOLDS",
+    "FP4",
+    "NF4",
+    "POWERS",
+    "Codebook",
+    "float8",
+    "float8_table",
+    "float8_thresholds",
+    "nearest_dynamic",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +51,6 @@ class Codebook:
         return ByteTable(np.stack([self.values[codes >> 4], self.values[codes & 15]], axis=1))
 
     @cached_property
-    def pairs_low_first(self) -> ByteTable:
-        """What a byte of two codes stands for, the low half first."""
-        return ByteTable(np.ascontiguousarray(self.pairs.values[:, ::-1]))
-
-    @cached_property
     def packed_order(self) -> np.ndarray | None:
         """A byte of two positions in `order` to the byte of the two codes; None where they are the same."""
         if np.array_equal(self.order, np.arange(16)):
@@ -68,10 +76,6 @@ FP4 = Codebook(
     _TWELFTHS / np.float32(12), np.uint8([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3])
 )
 """bitsandbytes' own float of four bits, which is not the OCP standard's."""
-E2M1 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-"""The OCP standard's float of four bits."""
-
-
 def _even_steps(count: int) -> np.ndarray:
     """From 0.1 to 1 in `count` numbers as torch's `linspace` rounds them: from both ends to the middle."""
     first, last = np.float32(0.1), np.float32(1)
@@ -105,28 +109,37 @@ def nearest_dynamic() -> np.ndarray:
 
 @cache
 def float8_table(dtype: str) -> ByteTable:
-    """What each byte means as a float of eight bits, by the name of its dtype."""
-    return ByteTable(np.arange(256, dtype=np.uint8).view(_float8(dtype)).astype(np.float32)[:, None])
+    """What each byte means as a float of eight bits, by the name that safetensors gives its dtype."""
+    return ByteTable(np.arange(256, dtype=np.uint8).view(float8(dtype)).astype(np.float32)[:, None])
 
 
 @cache
 def float8_thresholds(dtype: str) -> np.ndarray:
-    """The largest magnitude that still rounds to each code of a float8 but the last: ties go to the even code."""
-    kind = _float8(dtype)
-    count = int(np.float32(ml_dtypes.finfo(kind).max).astype(kind).view(np.uint8)) + 1
-    return rounding_thresholds(np.arange(count, dtype=np.uint8).view(kind).astype(np.float32))
+    """The largest magnitude that rounds to each code of a float8, but the last that is finite."""
+    kind = float8(dtype)
+    last = ml_dtypes.finfo(kind).max.view(np.uint8)
+    return _rounding(np.arange(last + 1, dtype=np.uint8).view(kind).astype(np.float32))
 
 
-def rounding_thresholds(ascending: np.ndarray) -> np.ndarray:
-    """The largest number that rounds down to each code: the midpoint, or the number before it for an odd code."""
+def _rounding(ascending: np.ndarray) -> np.ndarray:
+    """The largest number that rounds down to each code: a tie goes to the even one."""
     middles = (ascending[:-1] + ascending[1:]) / np.float32(2)
     odd = np.arange(len(middles)) % 2 == 1
     return np.where(odd, np.nextafter(middles, np.float32(0)), middles)
 
 
-def _float8(dtype: str) -> np.dtype:
-    return np.dtype(getattr(ml_dtypes, {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}[dtype]))
+def float8(dtype: str) -> np.dtype:
+    """The dtype of ml_dtypes that safetensors names so."""
+    known = storage_dtype(dtype)
+    assert known is not None
+    assert known.numpy is not None
+    return known.numpy
 
 
-E2M1_THRESHOLDS = rounding_thresholds(E2M1[:8])
-"""The largest magnitude that still rounds to each of the first seven codes of E2M1."""
+_E2M1 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+E2M1_THRESHOLDS = _rounding(_E2M1[:8])
+"""The largest magnitude that rounds to each of the first seven codes of the OCP standard's float of four bits."""
+E2M1_PAIRS = ByteTable(np.stack([_E2M1[np.arange(256) & 15], _E2M1[np.arange(256) >> 4]], axis=1))
+"""What a byte of two such floats stands for, the low half first."""
+POWERS = np.ldexp(np.float32(1), np.arange(-126, 128)).astype(np.float32)
+"""The powers of two that float32 holds in full precision."""

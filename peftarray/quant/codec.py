@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
-from peftarray.arrays import Array, Params, namespace
+from peftarray.arrays import Array, Params
 from peftarray.dtypes import storage_dtype
-from peftarray.errors import NumberError, ShapeError
+from peftarray.errors import ShapeError
 
-__all__ = ["Codec", "Part", "entries", "refuse_not_finite", "row_size"]
+__all__ = ["Codec", "Part", "entries", "row_size"]
 
 
 @dataclass(frozen=True)
@@ -131,15 +131,3 @@ def entries(shape: tuple[int, ...]) -> int:
 def row_size(shape: tuple[int, ...]) -> int:
     """How many numbers a row, an entry of the first axis, holds."""
     return math.prod(shape[1:])
-
-
-def refuse_not_finite(absmax: Array) -> None:
-    """Refuse a weight by the largest magnitudes of its blocks, which NaN and infinity pass through.
-
-    Raises:
-        NumberError: one of them is not a finite number.
-    """
-    xp = namespace(absmax)
-    if not bool(xp.all(xp.isfinite(absmax))):
-        message = "a weight holds NaN or infinity, which no code stands for; repair it before it is quantised"
-        raise NumberError(message)

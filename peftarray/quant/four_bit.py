@@ -19,10 +19,11 @@ from peftarray.quant.blocks import (
     mean_in_order,
     quantize_dynamic,
     reciprocals,
+    rows_between_blocks,
     scaled,
 )
 from peftarray.quant.codebooks import DYNAMIC, FP4, NF4, Codebook
-from peftarray.quant.codec import Codec, Part, entries, refuse_not_finite, row_size
+from peftarray.quant.codec import Codec, Part, entries, row_size
 from peftarray.quant.lookup import count_above, host_table
 from peftarray.settings import boolean, check_settings, setting, whole
 
@@ -67,12 +68,10 @@ class FourBit(Codec):
         return found
 
     def row_step(self, shape: tuple[int, ...]) -> int:
-        step = math.lcm(self.block, 2)
-        return step // math.gcd(step, max(1, row_size(shape)))
+        return rows_between_blocks(shape, math.lcm(self.block, 2))
 
     def quantize(self, weight: Array) -> dict[str, Array]:
         codes, absmax = map_blocks(flat(weight), math.lcm(self.block, 2), self._codes)
-        refuse_not_finite(absmax)
         if not self.double:
             return {"codes": codes, "absmax": absmax}
         xp = namespace(absmax)
