@@ -19,6 +19,7 @@ __all__ = ["CACHED", "ByteTable", "count_above", "host_table"]
 CACHED = 1 << 15
 """So many numbers, and a few arrays as large, stay in a core's cache."""
 _FEW = 16
+_WIDE = {2: np.dtype(np.float64), 4: np.dtype(np.complex128), 8: np.dtype("V32")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ class ByteTable:
         """What two bytes stand for, as elements of a dtype so wide: NumPy copies one by an instruction or two."""
         pairs = np.arange(1 << 16)
         both = np.concatenate([self.values[pairs & 255], self.values[pairs >> 8]], axis=1)
-        return both.view({2: np.float64, 4: np.complex128}[both.shape[1]])[:, 0]
+        return both.view(_WIDE[both.shape[1]])[:, 0]
 
 
 def _is_little(codes: np.ndarray) -> bool:
