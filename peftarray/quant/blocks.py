@@ -96,7 +96,9 @@ def scaled(values: Array, scales: Array, block: int, *, out: np.ndarray | None =
         product = np.empty_like(values) if out is None else out
         whole = values.size // block
         inner = whole * block
-        np.multiply(values[:inner].reshape(whole, block), scales[:whole, None], out=product[:inner].reshape(whole, block))
+        np.multiply(
+            values[:inner].reshape(whole, block), scales[:whole, None], out=product[:inner].reshape(whole, block)
+        )
         if inner < values.size:
             np.multiply(values[inner:], scales[whole], out=product[inner:])
         return product
@@ -127,9 +129,7 @@ def _in_blocks(values: Array, block: int) -> Array:
     return xp.reshape(values, (-1, block))
 
 
-def map_blocks(
-    values: Array, step: int, make: Callable[[Array], tuple[Array, ...]]
-) -> tuple[Array, ...]:
+def map_blocks(values: Array, step: int, make: Callable[[Array], tuple[Array, ...]]) -> tuple[Array, ...]:
     """What `make` makes of `(n,)` numbers in float32, tile by tile for NumPy: arrays along the same axis.
 
     Args:

@@ -59,23 +59,24 @@ class Codebook:
         return (self.order[positions >> 4] << 4 | self.order[positions & 15]).astype(np.uint8)
 
 
-_NORMAL = np.float32(
+_NORMAL = np.array(
     [
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
         *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
         *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ]
+    ],
+    np.float32,
 )
 # A sign and three bits, in twelfths.
-_TWELFTHS = np.float32([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3])
+_TWELFTHS = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32)
 
 NF4 = Codebook(_NORMAL, np.arange(16, dtype=np.uint8))
 """Quantiles of the normal distribution (Dettmers et al., QLoRA, 2023, section 3, arXiv:2305.14314)."""
-FP4 = Codebook(
-    _TWELFTHS / np.float32(12), np.uint8([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3])
-)
+FP4 = Codebook(_TWELFTHS / np.float32(12), np.array([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3], np.uint8))
 """bitsandbytes' own float of four bits, which is not the OCP standard's."""
+
+
 def _even_steps(count: int) -> np.ndarray:
     """From 0.1 to 1 in `count` numbers as torch's `linspace` rounds them: from both ends to the middle."""
     first, last = np.float32(0.1), np.float32(1)
@@ -88,7 +89,7 @@ def _even_steps(count: int) -> np.ndarray:
 
 def _dynamic() -> np.ndarray:
     """For each power of ten down to 1e-6, the middles of half as many steps; their negatives; 0 and 1."""
-    found: list[np.ndarray] = [np.float32([0, 1])]
+    found: list[np.ndarray] = [np.array([0, 1], np.float32)]
     for exponent in range(7):
         steps = _even_steps(2**exponent + 1)
         middles = np.float32(10.0 ** (exponent - 6)) * ((steps[:-1] + steps[1:]) / np.float32(2))
@@ -136,7 +137,7 @@ def float8(dtype: str) -> np.dtype:
     return known.numpy
 
 
-_E2M1 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 E2M1_THRESHOLDS = _rounding(_E2M1[:8])
 """The largest magnitude that rounds to each of the first seven codes of the OCP standard's float of four bits."""
 E2M1_PAIRS = ByteTable(np.stack([_E2M1[np.arange(256) & 15], _E2M1[np.arange(256) >> 4]], axis=1))

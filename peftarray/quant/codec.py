@@ -117,7 +117,7 @@ class Codec(abc.ABC):
 
         Example:
             >>> from peftarray.quant import codec
-            >>> codec("nf4").nbytes((4096, 4096)) / 4096**2 * 8  # bits a weight
+            >>> codec("nf4", double=False).nbytes((4096, 4096)) / 4096**2 * 8  # bits a weight
             4.5
         """
         return sum(part.nbytes for part in self.parts(shape).values())

@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import numpy as np
-
 from peftarray.arrays import Array, Params, device, namespace
 from peftarray.quant.blocks import (
     absmax_of,
@@ -30,8 +28,6 @@ from peftarray.settings import boolean, check_settings, setting, whole
 __all__ = ["FourBit", "FourBitFloat", "NormalFloat"]
 
 _SMALLEST = 1e-38  # scale that bitsandbytes divides by
-_NESTED = 256
-"""Blocks whose scales are quantised together."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +49,8 @@ class FourBit(Codec):
     double: bool = setting(True, boolean, doc="whether the scales are quantised as well")
 
     book: ClassVar[Codebook]
+    nested: ClassVar[int] = 256
+    """Blocks whose scales are quantised together."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -62,7 +60,7 @@ class FourBit(Codec):
         blocks = block_count(count, self.block)
         found = {"codes": Part((-(-count // 2),), "U8"), "absmax": Part((blocks,), "U8" if self.double else "F32")}
         if self.double:
-            found["nested_absmax"] = Part((block_count(blocks, _NESTED),), "F32")
+            found["nested_absmax"] = Part((block_count(blocks, self.nested),), "F32")
             found["nested_map"] = Part((256,), "F32")
             found["nested_offset"] = Part((), "F32")
         return found
@@ -76,7 +74,7 @@ class FourBit(Codec):
             return {"codes": codes, "absmax": absmax}
         xp = namespace(absmax)
         offset = mean_in_order(absmax)
-        short, nested = quantize_dynamic(absmax - offset, _NESTED)
+        short, nested = quantize_dynamic(absmax - offset, self.nested)
         values = xp.asarray(DYNAMIC.values, dtype=xp.float32, device=device(absmax), copy=True)
         return {
             "codes": codes,
@@ -122,11 +120,11 @@ class FourBit(Codec):
         xp = namespace(absmax)
         if not self.double:
             return xp.astype(absmax[first:last], xp.float32)
-        outer = first // _NESTED
-        codes = absmax[outer * _NESTED : last]
-        nested = parts["nested_absmax"][outer : block_count(last, _NESTED)]
-        numbers = dequantize_dynamic(codes, nested, _NESTED, parts["nested_map"])
-        return numbers[first - outer * _NESTED :] + parts["nested_offset"]
+        outer = first // self.nested
+        codes = absmax[outer * self.nested : last]
+        nested = parts["nested_absmax"][outer : block_count(last, self.nested)]
+        numbers = dequantize_dynamic(codes, nested, self.nested, parts["nested_map"])
+        return numbers[first - outer * self.nested :] + parts["nested_offset"]
 
 
 @final
@@ -135,6 +133,7 @@ class NormalFloat(FourBit):
     """NF4: the codes are quantiles of the normal distribution, as `FourBit` lays them out.
 
     Example:
+        >>> import numpy as np
         >>> weight = np.linspace(-1, 1, 64, dtype=np.float32)[None, :]
         >>> codec = NormalFloat(double=False)
         >>> parts = codec.quantize(weight)

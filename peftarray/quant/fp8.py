@@ -44,10 +44,12 @@ class FP8(Codec):
 
     Example:
         >>> codec = FP8(scale="row")
-        >>> parts = codec.quantize(np.float32([[1, -2], [100, 0.25]]))
-        >>> codec.dequantize(parts, (2, 2))
-        array([[  1.  ,  -2.  ],
-               [100.  ,   0.25]], dtype=float32)
+        >>> parts = codec.quantize(np.float32([[448, -2], [1, 0.25]]))
+        >>> parts["codes"]
+        array([[126, 192],
+               [126, 110]], dtype=uint8)
+        >>> codec.dequantize(parts, (2, 2)).tolist()
+        [[448.0, -2.0], [1.0, 0.25]]
 
     Reference: Micikevicius et al., FP8 Formats for Deep Learning, 2022, arXiv:2209.05433; DeepSeek-AI, DeepSeek-V3
     Technical Report, 2024, section 3.3, arXiv:2412.19437.

@@ -35,9 +35,9 @@ class Ints(Codec):
     Formula: `w[r, c] = (q[r, c] - z[r, g]) * scale[r, g]` with `g = c // group`, or `g_idx[c]`, and `q` and `z` from
     `-2**(bits - 1)` on.
 
-    Parts: `codes` `(rows, words)` int32, where `q + 2**(bits - 1)` is packed along the columns, or without `packed` int8
-    in the weight's shape; `scale` `(rows, groups)`; without `symmetric` `zeros`, `(words, groups)` int32 packed along
-    the rows, or `(rows, groups)` int8; with `act_order` `g_idx` `(columns,)` int32.
+    Parts: `codes` `(rows, words)` int32, where `q + 2**(bits - 1)` is packed along the columns, or without `packed`
+    int8 in the weight's shape; `scale` `(rows, groups)`; without `symmetric` `zeros`, `(words, groups)` int32 packed
+    along the rows, or `(rows, groups)` int8; with `act_order` `g_idx` `(columns,)` int32.
 
     Attributes:
         bits: bits of a number, 1 to 8.
@@ -47,6 +47,7 @@ class Ints(Codec):
         act_order: whether groups are scattered columns, which `g_idx` names; such weights are only read.
 
     Example:
+        >>> import numpy as np
         >>> codec = Ints(bits=4, group=0)
         >>> parts = codec.quantize(np.float32([[7.5, -3, 1, 0]]))
         >>> codec.dequantize(parts, (1, 4))
