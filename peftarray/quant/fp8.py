@@ -119,7 +119,7 @@ class FP8(Codec):
         codes, scales = [], []
         for place in range(matrices.shape[0]):
             for begin in range(0, weight.shape[-2], rows):
-                tile = xp.astype(matrices[place, begin : begin + rows, :], xp.float32)
+                tile = xp.astype(matrices[place, begin : min(begin + rows, weight.shape[-2]), :], xp.float32)
                 absmax = absmax_of(xp.max(xp.abs(tile), axis=0), columns)
                 largest = xp.full_like(absmax, largest_float8(self.dtype))
                 up = xp.where(absmax > 0, largest / xp.where(absmax > 0, absmax, largest), xp.ones_like(absmax))

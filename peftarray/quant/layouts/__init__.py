@@ -85,6 +85,6 @@ def find_quantised(tensors: Mapping[str, Header], config: Mapping[str, Any], rea
         if weight.name in found or (weight.name in tensors and weight.name not in weight.names()):
             message = f"the checkpoint holds {weight.name} twice, quantised and otherwise; one of them is a leftover"
             raise FormatError(message)
-        weight.codec.parts(weight.shape)
+        weight.check(tensors)
         found[weight.name] = weight
     return found

@@ -163,8 +163,6 @@ def _rows(module: str, tensors: Mapping[str, Header], read: Read) -> StoredWeigh
         raise FormatError(message)
     others = (form,) if form in tensors else ()
     if others and (entries(tensors[form].shape) != 1 or int(read(form).reshape(-1)[0]) != _ROWS):
-        message = (
-            f"{form} says that {weight} lies in memory as some GPUs want it; save it again with a newer bitsandbytes"
-        )
+        message = f"{form} says that {weight} lies as some GPUs want it; save it again with a newer bitsandbytes"
         raise UnsupportedError(message)
     return StoredWeight(weight, tuple(header.shape), Int8Rows(), {"codes": weight, "absmax": scale}, others=others)

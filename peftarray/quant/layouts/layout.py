@@ -69,6 +69,29 @@ class StoredWeight:
             found[name] = as_part(read(tensor), wanted[name], tensor)
         return found
 
+    def dequantize(self, read: Read, *, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """The weight, or some of its rows, in float32, as it is stored: see `transposed`."""
+        return self.codec.dequantize(self.parts(read), self.shape, rows=rows)
+
+    def check(self, tensors: Mapping[str, Header]) -> None:
+        """That the headers of its tensors fit its parts, before anything of them is read.
+
+        Raises:
+            FormatError: one does not.
+        """
+        for name, part in self.codec.parts(self.shape).items():
+            if name in self.constants:
+                continue
+            header = require(tensors, self.tensors[name], self.name)
+            known, count = storage_dtype(header.code), entries(tuple(header.shape))
+            if known is None:
+                message = f"{self.tensors[name]} has dtype {header.code}, which is not known"
+                raise UnsupportedError(message)
+            as_bytes = part.dtype in _BYTES and count * known.bits == part.nbytes * 8
+            as_numbers = part.dtype not in _BYTES and count == entries(part.shape)
+            if not (as_bytes or as_numbers or count == 1):
+                raise FormatError(_misfit(self.tensors[name], header.shape, part))
+
     def names(self) -> tuple[str, ...]:
         """Every tensor that the weight takes in the checkpoint."""
         return (*self.tensors.values(), *self.others)
@@ -149,19 +172,20 @@ def as_part(stored: np.ndarray, part: Part, name: str) -> np.ndarray:
             raise FormatError(message)
         stored = stored.view(np.int32)
     elif not _is_float(stored.dtype):
-        message = (
-            f"{name} has dtype {stored.dtype}; scales are floating numbers; the file is damaged or of another kind"
-        )
+        message = f"{name} has dtype {stored.dtype}; scales are floating numbers; the file is of another kind"
         raise FormatError(message)
     if stored.size == entries(part.shape):
         return stored.reshape(part.shape)
-    if stored.size == 1 or (part.shape and stored.size == part.shape[0]):
-        # A view without a copy: every entry along the axes that it lacks is the same.
-        return np.broadcast_to(stored.reshape(-1, *[1] * max(0, len(part.shape) - 1)), part.shape)
-    message = (
-        f"{name} holds {stored.size} numbers; the weight needs {part.shape}; the file is damaged or of another kind"
+    if stored.size == 1:
+        return np.broadcast_to(stored.reshape(()), part.shape)  # a view, without a copy
+    raise FormatError(_misfit(name, stored.shape, part))
+
+
+def _misfit(name: str, shape: tuple[int, ...], part: Part) -> str:
+    return (
+        f"{name} has shape {tuple(shape)}, and the weight needs {part.shape} of {part.dtype}; the file is damaged or of "
+        "another kind"
     )
-    raise FormatError(message)
 
 
 def _is_float(dtype: np.dtype) -> bool:

@@ -86,7 +86,8 @@ class MLXLayout(Layout):
 
     def find(self, tensors: Mapping[str, Header], config: Mapping[str, Any], read: Read) -> Iterator[StoredWeight]:
         for module in modules(tensors, ".biases"):
-            mine = config.get(module) if isinstance(config.get(module), Mapping) else config
+            own = config.get(module)
+            mine = own if isinstance(own, Mapping) else config
             group, mode = mine.get("group_size", 64), mine.get("mode", "affine")
             if mode != "affine" or type(group) is not int or group < 1:
                 message = f"config.json says mode {mode!r} and group_size {group!r} for {module}; known is affine"
