@@ -121,8 +121,10 @@ class FP8(Codec):
             for begin in range(0, weight.shape[-2], rows):
                 tile = xp.astype(matrices[place, begin : min(begin + rows, weight.shape[-2]), :], xp.float32)
                 absmax = absmax_of(xp.max(xp.abs(tile), axis=0), columns)
-                largest = xp.full_like(absmax, largest_float8(self.dtype))
-                up = xp.where(absmax > 0, largest / xp.where(absmax > 0, absmax, largest), xp.ones_like(absmax))
+                filled = absmax > 0
+                # Rounded twice, as torch divides a number by a tensor.
+                up = 1 / xp.where(filled, absmax, xp.ones_like(absmax)) * largest_float8(self.dtype)
+                up = xp.where(filled, up, xp.ones_like(up))
                 down, stored = self._stored(1 / up)
                 if self.scale_dtype == "F8_E8M0":
                     up = 1 / down

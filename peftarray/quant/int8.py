@@ -58,7 +58,7 @@ class Int8Rows(Codec):
             absmax = absmax_of(tile, width)
             rows = xp.reshape(tile, (-1, width))
             # A row of zeros has no scale, and its codes are zeros.
-            scale = 127.0 / xp.where(absmax > 0, absmax, xp.ones_like(absmax))
+            scale = 1 / xp.where(absmax > 0, absmax, xp.ones_like(absmax)) * 127  # rounded twice, as torch divides 127
             codes = xp.astype(xp.round(rows * scale[:, None]), xp.int8)
             return xp.reshape(codes, (-1,)), absmax
 

@@ -103,7 +103,7 @@ class NVFP4(Codec):
         (absmax,) = map_blocks(values, _NV_GROUP, lambda tile: (absmax_of(tile, _NV_GROUP),))
         largest = xp.max(absmax)
         largest = xp.where(largest > 0, largest, xp.ones_like(largest))
-        up = largest_float8(_E4M3) * _LARGEST / largest
+        up = 1 / largest * (largest_float8(_E4M3) * _LARGEST)  # rounded twice, as torch divides a number
         stored = up if self.global_scale == "divide" else 1 / up
         wanted = up * (absmax / _LARGEST)
         scale = encode_float8(wanted, _E4M3)
@@ -122,7 +122,10 @@ class NVFP4(Codec):
     def _scales(self, scale: Array, global_scale: Array) -> Array:
         xp = namespace(scale)
         numbers, whole = float8_table(_E4M3).expand(scale), xp.astype(global_scale, xp.float32)
-        return numbers / whole if self.global_scale == "divide" else numbers * whole
+        if self.global_scale == "multiply":
+            return numbers * whole
+        # Spread first: by one number, XLA would multiply with the reciprocal.
+        return numbers / xp.broadcast_to(whole, numbers.shape)
 
 
 def _shapes(shape: tuple[int, ...], group: int, kind: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

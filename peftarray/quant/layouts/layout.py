@@ -183,8 +183,8 @@ def as_part(stored: np.ndarray, part: Part, name: str) -> np.ndarray:
 
 def _misfit(name: str, shape: tuple[int, ...], part: Part) -> str:
     return (
-        f"{name} has shape {tuple(shape)}, and the weight needs {part.shape} of {part.dtype}; the file is damaged or of "
-        "another kind"
+        f"{name} has shape {tuple(shape)}, and the weight needs {part.shape} of {part.dtype}; the file is damaged or "
+        "of another kind"
     )
 
 
