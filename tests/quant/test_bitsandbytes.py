@@ -136,6 +136,15 @@ def test_rows_of_eight_bits(weight):
     same(Int8Rows().dequantize(parts, weight.shape)[full], back[full])
 
 
+def test_rows_between_two_codes():
+    """Half steps, which the last bit of the scale decides."""
+    largest = np.abs(np.random.default_rng(0).standard_normal((500, 1))).astype(np.float32)
+    halves = (np.arange(-126, 127) + 0.5) / 127
+    weight = np.concatenate([largest, largest * halves.astype(np.float32)], axis=1)
+    codes, _, _ = functional.int8_vectorwise_quant(torch.from_numpy(weight.copy()))
+    same(Int8Rows().quantize(weight)["codes"], codes.numpy())
+
+
 def test_the_dynamic_code():
     same(DYNAMIC.values, functional.create_dynamic_map().numpy())
 

@@ -35,8 +35,9 @@ class CompressedTensors(Layout):
         for module in modules(tensors, ".weight_packed"):
             code = tensors[f"{module}.weight_packed"].code
             yield _packed_ints(module, tensors, read) if code == "I32" else _packed_floats(module, tensors)
-        for module in modules(tensors, ".weight_scale"):
-            if f"{module}.weight" in tensors and tensors[f"{module}.weight"].code == "I8":
+        for module in modules(tensors, ".weight"):
+            if tensors[f"{module}.weight"].code == "I8":
+                require(tensors, f"{module}.weight_scale", f"{module}.weight")
                 yield _plain_ints(module, tensors, read)
 
     def write(
@@ -148,7 +149,9 @@ def _packed_floats(module: str, tensors: Mapping[str, Header]) -> StoredWeight:
     size = exact(codes[1] * 2, groups[1], scale)
     found = {"codes": packed, "scale": scale}
     whole = f"{module}.weight_global_scale"
-    if tensors[packed].code != "U8" or size not in (16, 32) or (size == 16) != (whole in tensors):
+    if size == 16:
+        require(tensors, whole, packed)
+    if tensors[packed].code != "U8" or size not in (16, 32):
         message = f"{packed} has dtype {tensors[packed].code} and groups of {size}; known are NVFP4 (16) and MXFP4 (32)"
         raise UnsupportedError(message)
     codec: Codec = NVFP4() if size == 16 else MXFP4()

@@ -13,12 +13,13 @@ from peftarray.quant.blocks import block_count
 from peftarray.quant.codebooks import float8
 from peftarray.quant.codec import Codec, entries
 from peftarray.quant.fp8 import FP8
-from peftarray.quant.layouts.layout import Header, Layout, Read, StoredWeight
+from peftarray.quant.layouts.layout import Header, Layout, Read, StoredWeight, require
 
 __all__ = ["FineGrainedFP8", "find_float8"]
 
 _FLOATS = ("F8_E4M3", "F8_E5M2")
 _POWERS = ("U8", "F8_E8M0")
+_SCALES = ("_scale", "_scale_inv")  # which may be such floats themselves
 _BLOCK = (128, 128)
 
 
@@ -69,17 +70,16 @@ def block_of(stated: object) -> tuple[int, int]:
 
 
 def find_float8(tensors: Mapping[str, Header], block: tuple[int, int]) -> Iterator[StoredWeight]:
-    """Every tensor of eight-bit floats with a scale of any form beside it; one without a scale is a plain weight.
+    """Every tensor of eight-bit floats, with the scale of any form beside it.
 
     Raises:
-        FormatError: a scale has a shape that belongs to no weight of that shape.
+        FormatError: there is no scale, or one of a shape that belongs to no weight of that shape.
     """
     for name, header in tensors.items():
-        if header.code not in _FLOATS:
+        if header.code not in _FLOATS or name.endswith(_SCALES):
             continue
-        scale = next((scale for scale in (f"{name}_scale_inv", f"{name}_scale") if scale in tensors), None)
-        if scale is None:
-            continue
+        scale = f"{name}_scale_inv" if f"{name}_scale_inv" in tensors else f"{name}_scale"
+        require(tensors, scale, name)
         shape = tuple(header.shape)
         codec = FP8(
             dtype=header.code,
