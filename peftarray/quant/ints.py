@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 from peftarray.arrays import Array, Params, namespace
 from peftarray.errors import ShapeError, UnsupportedError
-from peftarray.quant.blocks import finite
+from peftarray.quant.blocks import finite, flat, map_blocks
 from peftarray.quant.codec import Codec, Part
 from peftarray.quant.integers import (
     by_row_tiles,
@@ -93,26 +93,38 @@ class Ints(Codec):
             raise UnsupportedError(message)
         shape = tuple(weight.shape)
         require_matrix(shape, self.kind)
-        xp = namespace(weight)
         if shape[1] % (self.group or shape[1]):
             message = f"{shape[1]} columns are no multiple of the group of {self.group}; give a group that divides them"
             raise ShapeError(message)
-        groups = xp.reshape(xp.astype(weight, xp.float32), (shape[0], group_count(shape[1], self.group), -1))
+        xp, said = namespace(weight), self.parts(shape)
+        codes, scale, zero = map_blocks(flat(weight), shape[1], lambda tile: self._quantize_rows(tile, shape[1]))
+        parts = {"codes": xp.reshape(codes, said["codes"].shape), "scale": xp.reshape(scale, said["scale"].shape)}
+        if not self.symmetric:
+            zero = xp.reshape(zero, said["scale"].shape)
+            across = xp.permute_dims(zero, (1, 0))
+            parts["zeros"] = xp.permute_dims(self._stored(across), (1, 0)) if self.packed else self._stored(zero)
+        return parts
+
+    def _quantize_rows(self, tile: Array, columns: int) -> tuple[Array, Array, Array]:
+        """Stored codes, scales and zeros of whole rows, all flat.
+
+        As compressed-tensors has it: half the range on either side, so that the code at the top is cut.
+        """
+        xp = namespace(tile)
+        groups = xp.reshape(tile, (-1, self.group or columns))
         least, most = -self._offset, self._offset - 1
-        lowest, highest = finite(xp.min(groups, axis=2)), finite(xp.max(groups, axis=2))
+        lowest, highest = finite(xp.min(groups, axis=1)), finite(xp.max(groups, axis=1))
         none = xp.zeros_like(lowest)
         lowest, highest = xp.minimum(lowest, none), xp.maximum(highest, none)
-        # As compressed-tensors has it: half the range on either side, so that the code at the top is cut.
         span = xp.maximum(-lowest, highest) * 2 if self.symmetric else highest - lowest
         scale = xp.where(span > 0, span / (most - least), xp.ones_like(span))
-        zero = none if self.symmetric else xp.round(xp.clip(least - lowest / scale, least, most))
-        codes = xp.clip(xp.round(groups / scale[:, :, None] + zero[:, :, None]), least, most)
-        parts = {"codes": self._stored(xp.reshape(codes, shape)), "scale": scale}
+        steps = groups / scale[:, None]
+        zero = none
         if not self.symmetric:
-            across = xp.permute_dims(zero, (1, 0)) if self.packed else zero
-            stored = self._stored(across)
-            parts["zeros"] = xp.permute_dims(stored, (1, 0)) if self.packed else stored
-        return parts
+            zero = xp.round(xp.clip(least - lowest / scale, least, most))
+            steps = steps + zero[:, None]
+        codes = xp.clip(xp.round(steps), least, most)
+        return flat(self._stored(xp.reshape(codes, (-1, columns)))), scale, zero
 
     def _stored(self, numbers: Array) -> Array:
         xp = namespace(numbers)

@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 from peftarray.arrays import Array, Params, namespace
 from peftarray.errors import ShapeError
-from peftarray.quant.blocks import finite
+from peftarray.quant.blocks import finite, flat, map_blocks
 from peftarray.quant.codec import Codec, Part, entries
 from peftarray.quant.integers import by_row_tiles, pack, unpack, word_count
 from peftarray.settings import check_settings, one_of, setting
@@ -48,15 +48,19 @@ class MLX(Codec):
 
     def quantize(self, weight: Array) -> dict[str, Array]:
         """Rounded to nearest between the extremes of each group; MLX moves its steps so that zero is one of them."""
-        parts = self.parts(tuple(weight.shape))
-        xp = namespace(weight)
-        groups = xp.reshape(xp.astype(weight, xp.float32), (*parts["scale"].shape, self.group))
-        lowest, highest = finite(xp.min(groups, axis=-1)), finite(xp.max(groups, axis=-1))
+        parts, xp, columns = self.parts(tuple(weight.shape)), namespace(weight), weight.shape[-1]
         most = (1 << self.bits) - 1
-        scale = xp.where(highest > lowest, (highest - lowest) / most, xp.ones_like(lowest))
-        steps = xp.clip(xp.round((groups - lowest[..., None]) / scale[..., None]), 0, most)
-        codes = pack(xp.astype(xp.reshape(steps, weight.shape), xp.int32), self.bits)
-        return {"codes": codes, "scale": scale, "bias": lowest}
+
+        def make(tile: Array) -> tuple[Array, Array, Array]:
+            groups = xp.reshape(tile, (-1, self.group))
+            lowest, highest = finite(xp.min(groups, axis=1)), finite(xp.max(groups, axis=1))
+            scale = xp.where(highest > lowest, (highest - lowest) / most, xp.ones_like(lowest))
+            steps = xp.clip(xp.round((groups - lowest[:, None]) / scale[:, None]), 0, most)
+            codes = pack(xp.astype(xp.reshape(steps, (-1, columns)), xp.int32), self.bits)
+            return flat(codes), scale, lowest
+
+        made = zip(parts, map_blocks(flat(weight), columns, make), strict=True)
+        return {name: xp.reshape(array, parts[name].shape) for name, array in made}
 
     def decode(self, parts: Params, shape: tuple[int, ...], begin: int, end: int) -> Array:
         xp = namespace(parts["codes"])
