@@ -41,7 +41,7 @@ __all__ = [
     "NormalFloat",
     "Part",
     "codec",
-    "quantize",
+    "quantize_array",
 ]
 
 CODECS: Mapping[str, type[Codec]] = MappingProxyType(
@@ -79,7 +79,7 @@ def codec(name: str, **settings: Any) -> Codec:
     return kind(**settings)
 
 
-def quantize(weight: Array, name: str = "nf4", **settings: Any) -> tuple[Codec, dict[str, Array]]:
+def quantize_array(weight: Array, name: str = "nf4", **settings: Any) -> tuple[Codec, dict[str, Array]]:
     """A weight of any library as the parts of a codec, and the codec that turns them back.
 
     Args:
@@ -90,7 +90,7 @@ def quantize(weight: Array, name: str = "nf4", **settings: Any) -> tuple[Codec, 
     Example:
         >>> import numpy as np
         >>> weight = np.linspace(-1, 1, 256, dtype=np.float32).reshape(4, 64)
-        >>> how, parts = quantize(weight, "int8")
+        >>> how, parts = quantize_array(weight, "int8")
         >>> float(abs(how.dequantize(parts, weight.shape) - weight).max()) < 0.005
         True
     """

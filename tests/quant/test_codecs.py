@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from peftarray.dtypes import storage_dtype
 from peftarray.errors import ConfigError, NumberError, ShapeError, UnsupportedError
-from peftarray.quant import AWQ, CODECS, FP8, GPTQ, MXFP4, NormalFloat, codec, quantize
+from peftarray.quant import AWQ, CODECS, FP8, GPTQ, MXFP4, NormalFloat, codec, quantize_array
 
 from .cases import ON_HOST, ON_JAX, WRITTEN, name_of, normal
 
@@ -175,7 +175,7 @@ def test_codecs_are_found_by_name():
 
 def test_a_weight_is_quantised_by_name():
     weight = normal((4, 64))
-    how, parts = quantize(weight, "nf4", double=False)
+    how, parts = quantize_array(weight, "nf4", double=False)
     assert how == NormalFloat(double=False)
     np.testing.assert_array_equal(parts["codes"], how.quantize(weight)["codes"])
 

@@ -11,10 +11,21 @@ from peftarray.quant.layouts.bitsandbytes import BitsAndBytes
 from peftarray.quant.layouts.compressed_tensors import CompressedTensors
 from peftarray.quant.layouts.four_bit_floats import GptOss, ModelOpt
 from peftarray.quant.layouts.fp8 import FineGrainedFP8
-from peftarray.quant.layouts.layout import Header, Layout, Read, StoredWeight
+from peftarray.quant.layouts.layout import Header, Layout, Read, StoredWeight, WritableLayout
 from peftarray.quant.layouts.packed import AWQLayout, GPTQLayout, MLXLayout
 
-__all__ = ["LAYOUTS", "Header", "Layout", "Read", "StoredWeight", "find_quantised", "layout", "layout_of"]
+__all__ = [
+    "LAYOUTS",
+    "Header",
+    "Layout",
+    "Read",
+    "StoredWeight",
+    "WritableLayout",
+    "find_quantised",
+    "layout",
+    "layout_of",
+    "writable_layout",
+]
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
@@ -40,6 +51,20 @@ def layout(kind: str) -> Layout:
     found = LAYOUTS.get(_SAME.get(kind, kind))
     if found is None:
         message = f"the quantisation method {kind!r} is not known; known are {', '.join([*LAYOUTS, *_SAME])}"
+        raise UnsupportedError(message)
+    return found
+
+
+def writable_layout(kind: str) -> WritableLayout:
+    """The layout of a name, to write with.
+
+    Raises:
+        UnsupportedError: it is not known, or only read.
+    """
+    found = layout(kind)
+    if not isinstance(found, WritableLayout):
+        written = ", ".join(name for name, known in LAYOUTS.items() if isinstance(known, WritableLayout))
+        message = f"weights quantised as {kind} are read, and not written; written are {written}"
         raise UnsupportedError(message)
     return found
 

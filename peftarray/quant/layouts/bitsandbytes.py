@@ -14,7 +14,7 @@ from peftarray.errors import FormatError, UnsupportedError
 from peftarray.quant.codec import Codec, entries
 from peftarray.quant.four_bit import FourBit, FourBitFloat, NormalFloat
 from peftarray.quant.int8 import Int8Rows
-from peftarray.quant.layouts.layout import Header, Layout, Read, StoredWeight, require
+from peftarray.quant.layouts.layout import Header, Read, StoredWeight, WritableLayout, require
 from peftarray.stores.json_file import parse_json
 
 __all__ = ["BitsAndBytes"]
@@ -26,7 +26,7 @@ _ROWS = 0  # what `weight_format` says of weights that are stored as they are
 
 
 @final
-class BitsAndBytes(Layout):
+class BitsAndBytes(WritableLayout):
     """`p.weight` in four bits with `p.weight.absmax`, `.quant_map`, `.quant_state...`; or int8 with `p.SCB`."""
 
     kind: ClassVar[str] = "bitsandbytes"

@@ -14,7 +14,7 @@ from peftarray.quant.fp8 import FP8
 from peftarray.quant.integers import word_count
 from peftarray.quant.ints import Ints
 from peftarray.quant.layouts.fp8 import block_of, find_float8
-from peftarray.quant.layouts.layout import Header, Layout, Read, StoredWeight, require
+from peftarray.quant.layouts.layout import Header, Read, StoredWeight, WritableLayout, require
 from peftarray.quant.layouts.packed import exact, matrix, modules, order_of
 from peftarray.quant.mx import MXFP4, NVFP4
 
@@ -22,7 +22,7 @@ __all__ = ["CompressedTensors"]
 
 
 @final
-class CompressedTensors(Layout):
+class CompressedTensors(WritableLayout):
     """`p.weight_packed` or `p.weight` with `p.weight_scale`, and what else the format needs.
 
     What a weight is follows from its own tensors; groups of targets in `config.json` are not asked.

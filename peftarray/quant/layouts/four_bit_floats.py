@@ -10,7 +10,7 @@ import numpy as np
 from peftarray.errors import FormatError
 from peftarray.quant.codec import Codec
 from peftarray.quant.layouts.fp8 import block_of, find_float8
-from peftarray.quant.layouts.layout import Header, Layout, Read, StoredWeight, require
+from peftarray.quant.layouts.layout import Header, Layout, Read, StoredWeight, WritableLayout, require
 from peftarray.quant.layouts.packed import matrix, modules
 from peftarray.quant.mx import MXFP4, NVFP4
 
@@ -20,7 +20,7 @@ _GROUP = 32
 
 
 @final
-class GptOss(Layout):
+class GptOss(WritableLayout):
     """`p_blocks` `(experts, rows, groups, 16)` and `p_scales`, of a parameter `p` that the model holds transposed."""
 
     kind: ClassVar[str] = "mxfp4"
@@ -69,11 +69,3 @@ class ModelOpt(Layout):
             others = (f"{module}.input_scale",) if f"{module}.input_scale" in tensors else ()
             shape = (codes[0], codes[1] * 2)
             yield StoredWeight(f"{module}.weight", shape, NVFP4("multiply"), found, others=others)
-
-    def write(
-        self, name: str, shape: tuple[int, ...], codec: Codec, parts: Mapping[str, np.ndarray], *, dtype: str
-    ) -> dict[str, np.ndarray]:
-        raise self.refuse(codec)
-
-    def config(self, codec: Codec, *, skipped: Iterable[str], dtype: str) -> dict[str, Any]:
-        raise self.refuse(codec)

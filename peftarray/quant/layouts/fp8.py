@@ -13,7 +13,7 @@ from peftarray.quant.blocks import block_count
 from peftarray.quant.codebooks import float8
 from peftarray.quant.codec import Codec, entries
 from peftarray.quant.fp8 import FP8
-from peftarray.quant.layouts.layout import Header, Layout, Read, StoredWeight, require
+from peftarray.quant.layouts.layout import Header, Read, StoredWeight, WritableLayout, require
 
 __all__ = ["FineGrainedFP8", "find_float8"]
 
@@ -24,7 +24,7 @@ _BLOCK = (128, 128)
 
 
 @final
-class FineGrainedFP8(Layout):
+class FineGrainedFP8(WritableLayout):
     """`p.weight` with `p.weight_scale_inv`, by which it is multiplied: DeepSeek-V3, Qwen3-FP8, transformers' `fp8`."""
 
     kind: ClassVar[str] = "fp8"

@@ -13,7 +13,7 @@ from peftarray.dtypes import storage_dtype
 from peftarray.errors import FormatError, UnsupportedError
 from peftarray.quant.codec import Codec, Part, entries
 
-__all__ = ["Header", "Layout", "Read", "StoredWeight", "as_part", "require"]
+__all__ = ["Header", "Layout", "Read", "StoredWeight", "WritableLayout", "as_part", "require"]
 
 Read = Callable[[str], np.ndarray]
 """A tensor of the checkpoint by its name, in its storage dtype."""
@@ -116,6 +116,10 @@ class Layout(abc.ABC):
             FormatError: tensors contradict each other.
             UnsupportedError: they are stored in a way that is not known here.
         """
+
+
+class WritableLayout(Layout):
+    """A layout that this package also writes."""
 
     @abc.abstractmethod
     def write(

@@ -11,7 +11,7 @@ from peftarray.errors import FormatError, UnsupportedError
 from peftarray.quant.awq import AWQ
 from peftarray.quant.codec import Codec
 from peftarray.quant.gptq import GPTQ
-from peftarray.quant.layouts.layout import Header, Layout, Read, StoredWeight, require
+from peftarray.quant.layouts.layout import Header, Layout, Read, StoredWeight, WritableLayout, require
 from peftarray.quant.mlx import MLX
 
 __all__ = ["AWQLayout", "GPTQLayout", "MLXLayout", "order_of"]
@@ -38,14 +38,6 @@ class GPTQLayout(Layout):
             found |= {"g_idx": name} if scattered else {}
             yield StoredWeight(f"{module}.weight", (rows, columns), codec, found, others=others)
 
-    def write(
-        self, name: str, shape: tuple[int, ...], codec: Codec, parts: Mapping[str, np.ndarray], *, dtype: str
-    ) -> dict[str, np.ndarray]:
-        raise self.refuse(codec)
-
-    def config(self, codec: Codec, *, skipped: Iterable[str], dtype: str) -> dict[str, Any]:
-        raise self.refuse(codec)
-
 
 @final
 class AWQLayout(Layout):
@@ -69,17 +61,9 @@ class AWQLayout(Layout):
             codec = AWQ(group=0 if scale[0] == 1 else group)
             yield StoredWeight(f"{module}.weight", (scale[1], words[0]), codec, found)
 
-    def write(
-        self, name: str, shape: tuple[int, ...], codec: Codec, parts: Mapping[str, np.ndarray], *, dtype: str
-    ) -> dict[str, np.ndarray]:
-        raise self.refuse(codec)
-
-    def config(self, codec: Codec, *, skipped: Iterable[str], dtype: str) -> dict[str, Any]:
-        raise self.refuse(codec)
-
 
 @final
-class MLXLayout(Layout):
+class MLXLayout(WritableLayout):
     """`p.weight` of unsigned words with `p.scales` and `p.biases`; `config.json` calls it `quantization`."""
 
     kind: ClassVar[str] = "mlx"
