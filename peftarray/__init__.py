@@ -68,6 +68,9 @@ if TYPE_CHECKING:
     from peftarray.prompts import PrefixTuningConfig as PrefixTuningConfig
     from peftarray.prompts import PromptEncoderConfig as PromptEncoderConfig
     from peftarray.prompts import PromptTuningConfig as PromptTuningConfig
+    from peftarray.quant import Codec as Codec
+    from peftarray.quant import codec as codec
+    from peftarray.quant import quantize_array as quantize_array
     from peftarray.training import SGD as SGD
     from peftarray.training import Adafactor as Adafactor
     from peftarray.training import AdaLoraBudget as AdaLoraBudget
@@ -115,6 +118,7 @@ _HOMES = {
     "prompted": "PromptModel",
     "prompts": "PROMPTS AdaptionPromptConfig CPTConfig MultitaskPromptTuningConfig PrefixTuningConfig"
     " PromptEncoderConfig PromptTuningConfig",
+    "quant": "Codec codec quantize_array",
     "training": "SGD Adafactor AdaLoraBudget AdamW Batches Group History Lion LossScale Moment Precision Schedule"
     " Trainable clip_by_norm clip_by_value constant cosine cosine_with_restarts early_stopping fit"
     " inverse_sqrt linear lora_plus one_cycle orthogonality_penalty polynomial",

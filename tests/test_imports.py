@@ -33,7 +33,7 @@ STANDS_ON = {
     "rotations": "arrays",
     "autodiff": "gradients",
     "stores": "dtypes",
-    "quant": "arrays dtypes",
+    "quant": "arrays settings stores",
     "routes": "arrays",
     "stand_in": "routes",
     "widened": "stand_in",
