@@ -9,9 +9,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from peftarray.adapted_weight import AdaptedWeight, adapted
+from peftarray.adapted_weight import AdaptedWeight
 from peftarray.arrays import Array, namespace, weight_product
 from peftarray.errors import MatchError
+from peftarray.method import AdapterConfig
 from peftarray.methods import TrainableTokensConfig
 from peftarray.models.cache import Cache, Pair
 from peftarray.models.generation import generate
@@ -268,9 +269,8 @@ class Decoder(Model):
 
 def _shared(embedding: Array) -> Array:
     """An embedding as a head sees it that is tied to it: without adapters that are the embedding's alone."""
-    if not isinstance(embedding, AdaptedWeight):
-        return embedding
-    config, base = embedding.adapter.config, _shared(embedding.base)
-    if config.keeps_tied() or config.peft_type == TrainableTokensConfig.peft_type:
-        return embedding if base is embedding.base else adapted(embedding.adapter, base)
-    return base
+    return embedding.kept(_follows_ties) if isinstance(embedding, AdaptedWeight) else embedding
+
+
+def _follows_ties(method: AdapterConfig) -> bool:
+    return method.keeps_tied() or method.peft_type == TrainableTokensConfig.peft_type
