@@ -95,8 +95,12 @@ class AdaptedWeight(StandIn):
             return self
         return kind_for(AdaptedWeight, base, *found.params.values())(found, base, self._drop, self._flipped)
 
+    def drops(self) -> bool:
+        """Whether its adapter leaves something out at random now."""
+        return self._drop is not None and self.adapter.drops()
+
     def dense(self) -> Array:
-        if self._drop is not None and self.adapter.drops():
+        if self.drops():
             message = (
                 f"{self.adapter.layer.name}: the model forms this weight, and its adapter has dropout, which acts on "
                 "what goes through the weight; use x @ w.T, w[ids] or their like, or no dropout"

@@ -18,20 +18,54 @@ from peftarray.errors import ConfigError, ShapeError, UnsupportedError
 from peftarray.layers import Layer
 from peftarray.method import LowRank
 
-__all__ = ["Factors", "put_slot", "slot_factors", "slot_update", "stack_slots", "why_no_slot"]
+__all__ = [
+    "Factors",
+    "padded",
+    "put_slot",
+    "slot_factors",
+    "slot_update",
+    "stack_slots",
+    "thin_factors",
+    "why_no_slot",
+    "why_not_thin",
+]
 
 Factors = tuple[Array, Array]
 """`down` and `up` of one adapter, or the stacks of both."""
 
 
+def why_not_thin(adapter: Adapter) -> str | None:
+    """Why an adapter's update is no product of two thin factors that is added; None where it is."""
+    if isinstance(adapter.config, LowRank) and adapter.adds_apart():
+        return None
+    return f"{type(adapter.config).__name__} with this configuration is no update of two thin factors"
+
+
 def why_no_slot(adapter: Adapter) -> str | None:
     """Why an adapter cannot be put into slots; None where it can."""
-    name = type(adapter.config).__name__
-    if not isinstance(adapter.config, LowRank) or not adapter.adds_apart():
-        return f"{name} with this configuration is no update of two thin factors"
     if "bias" in adapter.touches():
-        return f"{name} changes the bias as well, and slots hold no biases"
-    return "a convolution has one kernel for a whole batch" if adapter.layer.kind == "conv" else None
+        return f"{type(adapter.config).__name__} changes the bias as well, and slots hold no biases"
+    return why_not_thin(adapter) or (
+        "a convolution has one kernel for a whole batch" if adapter.layer.kind == "conv" else None
+    )
+
+
+def thin_factors(adapter: Adapter, *, scale: float = 1.0) -> Factors:
+    """`down (r, in)` and `up (out, r)` of an adapter that has two thin factors, the scale within `up`."""
+    assert isinstance(adapter.config, LowRank)
+    up, down = adapter.config.factors(adapter.wide_params, adapter.layer)
+    return down, up * scale
+
+
+def padded(factors: Factors, rank: int) -> Factors:
+    """`down (r, in)` and `up (out, r)` with zeros up to a rank."""
+    down, up = factors
+    missing = rank - down.shape[0]
+    if not missing:
+        return factors
+    xp = namespace(down, up)
+    down = xp.concat([down, _zeros((missing, down.shape[1]), down)], axis=0)
+    return down, xp.concat([up, _zeros((up.shape[0], missing), up)], axis=1)
 
 
 def slot_factors(adapter: Adapter, rank: int, *, scale: float = 1.0) -> Factors:
@@ -57,20 +91,16 @@ def slot_factors(adapter: Adapter, rank: int, *, scale: float = 1.0) -> Factors:
         >>> down.shape, up.shape, bool(np.allclose(up @ down, adapter.change(np.ones((5, 4), np.float32)), atol=1e-6))
         ((8, 4), (5, 8), True)
     """
-    reason, method = why_no_slot(adapter), adapter.config
-    if reason is not None or not isinstance(method, LowRank):
-        message = f"{adapter.layer.name}: {reason}; name the adapter of each row instead (adapter_names)"
+    reason, name = why_no_slot(adapter), adapter.layer.name
+    if reason is not None:
+        message = f"{name}: {reason}; name the adapter of each row instead (adapter_names)"
         raise UnsupportedError(message)
-    up, down = method.factors(adapter.wide_params, adapter.layer)
-    up, own = up * scale, down.shape[0]
+    factors = thin_factors(adapter, scale=scale)
+    own = factors[0].shape[0]
     if own > rank:
-        name = adapter.layer.name
         message = f"{name}: the adapter has rank {own}, and the slots have {rank}; give them max_rank={own}"
         raise ConfigError(message)
-    if own < rank:
-        xp = namespace(down, up)
-        down = xp.concat([down, _zeros((rank - own, down.shape[1]), down)], axis=0)
-        up = xp.concat([up, _zeros((up.shape[0], rank - own), up)], axis=1)
+    down, up = padded(factors, rank)
     return (down.mT if adapter.layer.kind == "embedding" else down), up
 
 

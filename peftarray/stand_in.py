@@ -94,6 +94,10 @@ class StandIn(Weight):
         """The convolution of `x` with this kernel and (stride, padding, dilation), or `NotImplemented`."""
         return NotImplemented
 
+    def plus(self, x: Array) -> Array:
+        """`x + self`, or `NotImplemented`."""
+        return NotImplemented
+
     @abstractmethod
     def flatten(self) -> tuple[tuple[Array, ...], Any]:
         """The arrays that it is made of, and the rest: hashable, and enough for `unflatten`."""
@@ -146,7 +150,12 @@ class StandIn(Weight):
     def __iter__(self) -> Iterator[Array]:
         return iter(self.dense())
 
-    __add__, __radd__ = _materialised(operator.add), _reflected(operator.add)
+    def __add__(self, other: Any) -> Array:
+        return self._call("add", operator.add, (self, other), {})
+
+    def __radd__(self, other: Any) -> Array:
+        return self._call("add", operator.add, (other, self), {})
+
     __sub__, __rsub__ = _materialised(operator.sub), _reflected(operator.sub)
     __mul__, __rmul__ = _materialised(operator.mul), _reflected(operator.mul)
     __truediv__, __rtruediv__ = _materialised(operator.truediv), _reflected(operator.truediv)

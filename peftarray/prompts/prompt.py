@@ -16,18 +16,22 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from peftarray.arrays import Array, Params, constant, integers, namespace, wide
-from peftarray.errors import ConfigError, MatchError, ShapeError, nearest
+from peftarray.errors import ConfigError, MatchError, ShapeError, UnsupportedError, nearest
 from peftarray.method import Param
 from peftarray.method_dropout import Drop
 from peftarray.prompts.host import Host
 from peftarray.settings import boolean, check_settings, name_list, one_of, optional, setting, text, whole
 
-__all__ = ["EMBEDDINGS", "KEY_VALUES", "TOKENS", "Prompt", "TokenPrompt", "VirtualTokens"]
+__all__ = ["COUNTS", "EMBEDDINGS", "KEY_VALUES", "TOKENS", "Prompt", "TokenPrompt", "VirtualTokens"]
 
 TOKENS = "prompt.tokens"
 """The name of virtual tokens among a model's weights: rows `(n, width)` before a text's, or `(tasks, n, width)`."""
 KEY_VALUES = "prompt.key_values"
 """The name of a prefix: `(2 * layers, groups, n, head width)`, the keys of a layer and then its values."""
+COUNTS = "prompt.counts"
+"""The name of how many virtual tokens are each text's own, a host array `(batch, 2)` of those of `TOKENS` and of
+`KEY_VALUES`: the last of so many as the longest has. Both then have a row for each text: `(batch, n, width)`, and
+`(2 * layers, batch, groups, n, head width)`."""
 EMBEDDINGS = "prompt_embeddings"
 """What PEFT's files call virtual tokens, and a prefix as rows."""
 
@@ -128,6 +132,20 @@ class Prompt(ABC):
                 assert row.init is not None
                 made[name] = constant(row.init(seed, f"prompt/{name}", sizes(row)), wide(like))
         return made
+
+    def check_trainable(self, p: Params) -> None:
+        """Refuse arrays that training cannot go on from.
+
+        Raises:
+            UnsupportedError: the file that they came from lacks what made the prompt.
+        """
+        gone = [name for name in self.params() if name not in p]
+        if gone:
+            message = (
+                f"a saved {self.peft_type} prompt holds what its encoder made and not the encoder "
+                f"({gone[0]} is gone), so training cannot go on; start a new one"
+            )
+            raise UnsupportedError(message)
 
     def num_parameters(self) -> int:
         """How many numbers train."""
