@@ -156,7 +156,7 @@ def _filled(tree: Any, arrays: Mapping[str, Array], changed: Mapping[str, Array]
     if not isinstance(filled, dict):
         message = "a prompt is read by a model with named weights, and these are a list; load one of peftarray.models"
         raise ConfigError(message)
-    return filled | read
+    return {**filled, **read}
 
 
 def _counted(key: Any, stream: str) -> Drop:
