@@ -79,12 +79,12 @@ class Adapter:
 
     def added(self, x: Array, *, bias: Array | None = None, drop: Drop | None = None) -> Array:
         """What a method that `adds_apart` adds to the layer's own output; arguments as for `forward`."""
-        y = self.update(x, None, drop=drop)
+        y = self.apply_update(x, None, drop=drop)
         if bias is None:
             return y
         return y + over_channels(self.config.effective_bias(self.params, bias, None, self.layer) - bias, self.layer)
 
-    def update(self, x: Array, weight: Array | None, *, drop: Drop | None = None) -> Array:
+    def apply_update(self, x: Array, weight: Array | None, *, drop: Drop | None = None) -> Array:
         """What the adapter adds to the product with the frozen weight, before any bias.
 
         Args:
@@ -97,7 +97,7 @@ class Adapter:
         return update_with_dropout(self.config, self.wide_params, x, matrix, self.layer, drop)
 
     def adds_apart(self) -> bool:
-        """Whether `update` needs no weight."""
+        """Whether `apply_update` needs no weight."""
         return self.config.adds_apart()
 
     def touches(self) -> tuple[str, ...]:

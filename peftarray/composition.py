@@ -83,7 +83,7 @@ class Composition:
             for adapter, scale, draw in zip(self.adapters, self.scales, self._draws(drop), strict=True):
                 if "weight" in adapter.touches():
                     own = None if adapter.adds_apart() else wide_weight
-                    y = y + _times(adapter.update(given, own, drop=draw), scale)
+                    y = y + _times(adapter.apply_update(given, own, drop=draw), scale)
             return y if bias is None else y + over_channels(self.merge_bias(bias, weight), self.layer)
 
         return beside_short(apply, x, weight, self.layer)
@@ -92,7 +92,7 @@ class Composition:
         """What adapters that all `adds_apart` add to the layer's own output; arguments as for `forward`."""
         y: Array = 0.0
         for adapter, scale, draw in zip(self.adapters, self.scales, self._draws(drop), strict=True):
-            y = y + _times(adapter.update(x, None, drop=draw), scale)
+            y = y + _times(adapter.apply_update(x, None, drop=draw), scale)
         return y if bias is None else y + over_channels(self.merge_bias(bias) - bias, self.layer)
 
     def adds_apart(self) -> bool:

@@ -52,7 +52,7 @@ def test_a_slot_is_the_adapter(kind, asarray, to_numpy, xp):
     for row, place in enumerate(chosen):
         one = x[row : row + 1, ...]
         if place:
-            wanted = scales[place - 1] * to_numpy(adapters[place - 1].update(one, None))
+            wanted = scales[place - 1] * to_numpy(adapters[place - 1].apply_update(one, None))
         else:
             wanted = np.zeros((1, 3, found.shape[-1]))
         np.testing.assert_allclose(found[row : row + 1], wanted, atol=1e-10)
@@ -129,5 +129,5 @@ def test_a_switch_traces_nothing_anew(asarray, to_numpy, xp):
         update(x, *stacks, places(chosen, asarray, xp))
     stacks = put_slot(stacks, 1, slot_factors(adapters[3], 6))
     found = update(x, *stacks, places([1, 1], asarray, xp))
-    np.testing.assert_allclose(to_numpy(found), to_numpy(adapters[3].update(x, None)), atol=1e-10)
+    np.testing.assert_allclose(to_numpy(found), to_numpy(adapters[3].apply_update(x, None)), atol=1e-10)
     assert len(traces) == 1
