@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from peftarray import models as models
     from peftarray.adapted_weight import AdaptedWeight as AdaptedWeight
     from peftarray.adapter import Adapter as Adapter
+    from peftarray.combining import CombinedAdapters as CombinedAdapters
+    from peftarray.combining import CombineReport as CombineReport
+    from peftarray.combining import LoraFit as LoraFit
+    from peftarray.combining import Recipe as Recipe
+    from peftarray.combining import combine as combine
+    from peftarray.combining import combine_folders as combine_folders
+    from peftarray.combining import combine_sets as combine_sets
+    from peftarray.combining import to_lora as to_lora
     from peftarray.draws import KeyedDraws as KeyedDraws
     from peftarray.draws import dropout as dropout
     from peftarray.draws import step_key as step_key
@@ -92,6 +100,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "adapted_weight": "AdaptedWeight",
     "adapter": "Adapter",
+    "combining": "CombineReport CombinedAdapters LoraFit Recipe combine combine_folders combine_sets to_lora",
     "draws": "KeyedDraws dropout step_key",
     "errors": "ConfigError FormatError MatchError NumberError OutputError PeftError QualityError ShapeError"
     " UnsupportedError",

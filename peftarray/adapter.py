@@ -114,7 +114,7 @@ class Adapter:
 
     def change(self, weight: Array) -> Array:
         """What `merge` adds to the weight, in float32 at least and as the model stores it."""
-        return self.layer.unview(self.config.update(self.prepared, _widened(self.layer.view(weight)), self.layer))
+        return self.layer.unview(self.update(weight))
 
     def unmerge(self, weight: Array) -> Array:
         """The base weight of a merged one, to rounding.
@@ -128,6 +128,15 @@ class Adapter:
         """The effective bias."""
         matrix = None if weight is None else self.layer.view(weight)
         return self.config.effective_bias(self.params, bias, matrix, self.layer)
+
+    def product(self) -> tuple[Array, Array] | None:
+        """`up (out, r)` and `down (r, fan_in)` whose product is the update, in float32 at least; None without such."""
+        return self.config.product(self.wide_params, self.layer)
+
+    def update(self, weight: Array | None = None) -> Array:
+        """What it adds to the `(out, fan_in)` matrix, in float32 at least; `weight` where the method needs the base."""
+        matrix = None if weight is None else _widened(self.layer.view(weight))
+        return self.config.update(self.prepared, matrix, self.layer)
 
     def num_parameters(self) -> int:
         """How many trained numbers it holds; 0 when frozen."""

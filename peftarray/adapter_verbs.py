@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from peftarray import trees
 from peftarray.bases import weights_of
-from peftarray.creation import new_adapter
+from peftarray.combining import Recipe
+from peftarray.creation import combined, new_adapter
 from peftarray.errors import ConfigError
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
@@ -169,6 +170,48 @@ class AdapterVerbs(ABC):
         if adapter_name in changed.active:
             changed = changed.activated(changed.active, self._shelf)
         self.registry = changed.fitted([adapter_name], self._shelf)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        *,
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        seed: int = 0,
+    ) -> None:
+        """Add the LoRA adapter that stands for several, which stay; it is not active, and not trained.
+
+        Args:
+            adapters: names of those to combine, each taken with its scale.
+            weights: one for each.
+            adapter_name: a name that is new.
+            combination_type: one of `peftarray.combining.COMBINATIONS`.
+            svd_rank, density, majority_sign_method, seed: as `rank`, `density`, `majority_sign` and `seed` of
+                `peftarray.Recipe`.
+
+        Raises:
+            UnsupportedError: one of them is a prompt, or cannot be combined.
+            PeftError: of the kind that fits.
+        """
+        self.registry.check_new(adapter_name)
+        recipe = Recipe(
+            combination=combination_type,
+            rank=svd_rank,
+            density=density,
+            majority_sign=majority_sign_method,
+            seed=seed,
+        )
+        ready = self.registry.ready(adapters, self._shelf)
+        if len(weights) != len(adapters):
+            message = f"{len(weights)} weights are given for {len(adapters)} adapters; give one for each"
+            raise ConfigError(message)
+        scaled = [weight * ready.entry(name).scale for name, weight in zip(adapters, weights, strict=True)]
+        made = combined({name: ready.found(name) for name in adapters}, scaled, recipe, weights_of(self.base))
+        self.registry = ready.with_new(adapter_name, Entry(made)).fitted([adapter_name], self._shelf)
 
     def set_capacity(self, capacity: int | None, folder: str | Path | None = None) -> None:
         """Keep so many adapters in memory at most, the active ones and those of a batch always among them.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from peftarray import trees
 from peftarray.adapter_sets import AdapterSet, Loaded, PromptSet
 from peftarray.arrays import Array, namespace
 from peftarray.bases import model_type_of, weights_of
+from peftarray.combining import Recipe, combine_sets
+from peftarray.errors import UnsupportedError
+from peftarray.formats.peft_writer import SavedAdapters
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
 from peftarray.prompted import PromptModel
@@ -28,7 +31,7 @@ from peftarray.sites import (
 )
 from peftarray.targets import is_saved
 
-__all__ = ["module_of", "new_adapter"]
+__all__ = ["combined", "module_of", "new_adapter"]
 
 
 def new_adapter(model: Any, config: AdapterConfig | Prompt, *, seed: int, layers: Mapping[str, Layer]) -> Loaded:
@@ -61,6 +64,34 @@ def new_adapter(model: Any, config: AdapterConfig | Prompt, *, seed: int, layers
     places = {name: sites[module_of(name)] for name in adapters}
     whole = {name: _copied(arrays[name]) for name in _trained_whole(arrays, config, places.values())}
     return AdapterSet(with_names(config, chosen), adapters, places, whole)
+
+
+def combined(sets: Mapping[str, Loaded], weights: Sequence[float], recipe: Recipe, tree: Any) -> AdapterSet:
+    """The LoRA adapter that stands for several of a model.
+
+    Args:
+        sets: name -> adapter.
+        weights: one for each.
+        recipe: how they are combined.
+        tree: the model's arrays.
+
+    Raises:
+        UnsupportedError: one is a prompt, or cannot be combined.
+    """
+    saved: list[SavedAdapters] = []
+    sites: dict[str, Site] = {}
+    for name, found in sets.items():
+        if isinstance(found, PromptSet):
+            message = f"{name} is a prompt, and a prompt is no update of weights; combine adapters of weights"
+            raise UnsupportedError(message)
+        saved.append(SavedAdapters(found.config, found.adapters, found.whole))
+        sites |= found.sites
+    arrays = dict(trees.named(tree))
+    made = combine_sets(
+        saved, weights, recipe, base=lambda module, _: arrays[sites[module].tensor], names=list(sets)
+    ).saved
+    places = {module: sites[module] for module in made.adapters}
+    return AdapterSet(made.config, made.adapters, places, made.replace, trainable=False)
 
 
 def module_of(name: str) -> str:

@@ -137,9 +137,17 @@ class AdapterConfig(ABC):
         """What `weight` needs, computed once from the whole parameters; differentiable."""
         return dict(p)
 
+    def needs_base(self) -> bool:
+        """Whether the update depends on the weight that it is added to; `update` takes None for it if not."""
+        return True
+
+    def product(self, p: Params, layer: Layer) -> tuple[Array, Array] | None:
+        """`up (out, r)` and `down (r, fan_in)` whose product is the update, from the raw parameters; None without."""
+        return None
+
     @abstractmethod
-    def update(self, p: Params, w: Array, layer: Layer) -> Array:
-        """`weight(p, w, layer) - w`."""
+    def update(self, p: Params, w: Array | None, layer: Layer) -> Array:
+        """`weight(p, w, layer) - w`. `w` may be None where not `needs_base()`."""
 
     @abstractmethod
     def weight(self, p: Params, w: Array, layer: Layer) -> Array:
@@ -415,7 +423,13 @@ class LowRank(AdapterConfig):
         up, down = self.factors(p, layer)
         return {"up": up, "down": down}
 
-    def update(self, p: Params, w: Array, layer: Layer) -> Array:
+    def needs_base(self) -> bool:
+        return False
+
+    def product(self, p: Params, layer: Layer) -> tuple[Array, Array] | None:
+        return self.factors(p, layer)
+
+    def update(self, p: Params, w: Array | None, layer: Layer) -> Array:
         return thin_product(p["up"], p["down"])
 
     def weight(self, p: Params, w: Array, layer: Layer) -> Array:
@@ -454,7 +468,10 @@ class Additive(AdapterConfig):
     def prepare(self, p: Params, layer: Layer) -> dict[str, Array]:
         return {"delta": self.delta(p, layer)} if self.whole else dict(p)
 
-    def update(self, p: Params, w: Array, layer: Layer) -> Array:
+    def needs_base(self) -> bool:
+        return False
+
+    def update(self, p: Params, w: Array | None, layer: Layer) -> Array:
         return p["delta"] if self.whole else self.delta(p, layer)
 
     def weight(self, p: Params, w: Array, layer: Layer) -> Array:

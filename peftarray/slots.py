@@ -52,8 +52,9 @@ def why_no_slot(adapter: Adapter) -> str | None:
 
 def thin_factors(adapter: Adapter, *, scale: float = 1.0) -> Factors:
     """`down (r, in)` and `up (out, r)` of an adapter that has two thin factors, the scale within `up`."""
-    assert isinstance(adapter.config, LowRank)
-    up, down = adapter.config.factors(adapter.wide_params, adapter.layer)
+    factors = adapter.product()
+    assert factors is not None
+    up, down = factors
     return down, up * scale
 
 

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import typer
 
+from peftarray.cli.combine import combine
 from peftarray.cli.demo import demo
 from peftarray.cli.inspect import inspect
 from peftarray.cli.merge import merge
@@ -17,14 +18,14 @@ __all__ = ["app", "main", "run"]
 
 app = typer.Typer(
     name="peftarray",
-    help="Merge, verify and inspect adapter weights, without torch.",
+    help="Merge, combine, verify and inspect adapter weights, without torch.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (merge, verify, inspect, demo):
+for _command in (merge, combine, verify, inspect, demo):
     app.command()(_command)
 
 
@@ -42,7 +43,7 @@ def _options(
         False, "--version", help="Print the version and exit.", callback=_version, is_eager=True
     ),
 ) -> None:
-    """Merge, verify and inspect adapter weights, without torch."""
+    """Merge, combine, verify and inspect adapter weights, without torch."""
 
 
 def main() -> None:

@@ -1,14 +1,15 @@
-"""What the terminal shows of a report, a verification or an inspection."""
+"""What the terminal shows of a report, a combination, a verification or an inspection."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from peftarray.combining import CombineReport
     from peftarray.inspection import Inspection
     from peftarray.merging import MergeReport, Verification
 
-__all__ = ["inspection_text", "report_text", "verification_text"]
+__all__ = ["combination_text", "inspection_text", "report_text", "verification_text"]
 
 _WORST = 5
 
@@ -43,6 +44,27 @@ def report_text(report: MergeReport, *, every_tensor: bool = False) -> str:
         rate = report.nbytes / report.seconds / 1e9 if report.seconds else 0.0
         again = f", {report.resumed} shards from an earlier run" if report.resumed else ""
         lines.append(f"wrote {_size(report.nbytes)} to {report.out} in {report.seconds:.2f} s ({rate:.2f} GB/s{again})")
+    return "\n".join(lines)
+
+
+def combination_text(report: CombineReport) -> str:
+    """A combination's report, as lines."""
+    terms = " + ".join(f"{weight:g} x {folder}" for folder, weight in report.adapters)
+    lines = [f"{report.recipe.combination}: {terms}"]
+    lines.append(f"  {'modules':>7} {'rank':>9} {'norm':>9} {'energy':>8} {'error':>9} {'worst':>9}  kind")
+    for kind in report.kinds:
+        ranks = str(kind.most_rank)
+        if kind.least_rank != kind.most_rank:
+            ranks = f"{kind.least_rank}..{ranks}"
+        lines.append(
+            f"  {kind.modules:7d} {ranks:>9} {kind.norm:9.3g} {100 * kind.energy:7.2f}% {kind.error:9.2g} "
+            f"{kind.worst:9.2g}  {kind.name}"
+        )
+    lines += [f"note: {note}" for note in report.notes]
+    lines.append(
+        f"kept {100 * report.energy:.2f}% of the energy in all (error {report.error:.3g}); wrote {report.parameters:,} "
+        f"numbers, r={report.rank}, to {report.out}"
+    )
     return "\n".join(lines)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,38 @@ import numpy as np
 from peftarray.errors import OutputError
 from peftarray.stores.safetensors import save_file
 
-__all__ = ["write_folder"]
+__all__ = ["check_new", "usable_name", "write_folder"]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def check_new(target: Path, *, written: bool = True) -> None:
+    """Refuse an OUT that exists, or that cannot be made; nothing is `written` in a dry run.
+
+    Raises:
+        OutputError: with what to do.
+    """
+    with usable_name(target):
+        if target.exists() or target.is_symlink():
+            message = f"OUT {target} exists; give a new folder, or remove it first"
+            raise OutputError(message)
+        if not target.parent.is_dir():
+            message = f"OUT {target}: the folder {target.parent} does not exist; make it first"
+            raise OutputError(message)
+        if written and not os.access(target.parent, os.W_OK | os.X_OK):
+            message = f"OUT {target}: no permission to write in {target.parent}; choose another place"
+            raise OutputError(message)
+
+
+@contextmanager
+def usable_name(target: Path) -> Iterator[None]:
+    """For questions about OUT: a name that no folder can have is an OutputError."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a null character
+        why = getattr(error, "strerror", None) or error
+        message = f"OUT {str(target)[:200]} cannot be a folder ({why}); give another name"
+        raise OutputError(message) from None
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:

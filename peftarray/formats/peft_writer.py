@@ -30,12 +30,14 @@ from peftarray.stores.json_file import read_json
 from peftarray.stores.safetensors import TensorInfo
 from peftarray.targets import is_targeted
 
-__all__ = ["SavedAdapters", "load_adapters", "save_adapters"]
+__all__ = ["OUT_PROJECTION", "TOKENS", "SavedAdapters", "load_adapters", "module_of", "save_adapters"]
 
 _SHARED = "base_model."
 _PREFIX = "base_model.model."
-_TOKENS = ".token_adapter"
-_OUT_PROJECTION = ".base_layer.out_proj"
+TOKENS = ".token_adapter"
+"""What PEFT puts behind the name of an embedding of which some rows are trained beside another method."""
+OUT_PROJECTION = ".base_layer.out_proj"
+"""What it puts behind the name of an attention for its output projection."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def load_adapters(
             if id(values) not in placed:
                 placed[id(values)] = values, _beside(values, weight)
         params = {name: placed[id(values)][1] for name, values in host.items()}
-        adapters[_module(site)] = Adapter(site.method, site.layer, params)
+        adapters[module_of(site)] = Adapter(site.method, site.layer, params)
     replace = {name: _beside(_read(found, ref), weights.get(name)) for name, ref in found.replace.items()}
     return SavedAdapters(found.config, adapters, replace, extra)
 
@@ -167,19 +169,19 @@ def _with_targets(config: AdapterConfig, adapters: Mapping[str, Adapter]) -> Ada
     if config.target_modules is not None or config.parameters_adapted():
         return config
     return dataclasses.replace(
-        config, target_modules=sorted(name for name in adapters if not name.endswith((_TOKENS, _OUT_PROJECTION)))
+        config, target_modules=sorted(name for name in adapters if not name.endswith((TOKENS, OUT_PROJECTION)))
     )
 
 
 def _check(config: AdapterConfig, module: str, adapter: Adapter) -> None:
     """Refuse what would be read as something else."""
-    tokens = module.endswith(_TOKENS) and config.peft_type != TrainableTokensConfig.peft_type
+    tokens = module.endswith(TOKENS) and config.peft_type != TrainableTokensConfig.peft_type
     if tokens:
-        rows = config.token_rows(module.removesuffix(_TOKENS), is_input=True)
+        rows = config.token_rows(module.removesuffix(TOKENS), is_input=True)
         method: AdapterConfig = TrainableTokensConfig(token_indices=list(rows)).at(module)
     else:
         # PEFT adds the update of an attention's output projection in two wrappers, the attention's and its own.
-        target = module.removesuffix(_OUT_PROJECTION)
+        target = module.removesuffix(OUT_PROJECTION)
         method = config.at(target) if target == module else config.at(target).applied_twice()
         targets = config.target_modules
         everything = isinstance(targets, str) and targets.lower() == "all-linear"
@@ -241,7 +243,7 @@ def _beside(values: np.ndarray, weight: Array | tuple[int, ...] | None) -> Array
     return namespace(weight).asarray(values, device=device(weight))
 
 
-def _module(site: Site) -> str:
+def module_of(site: Site) -> str:
     """The module's path in PEFT's wrapped model, from the key of one of its tensors."""
     for name, row in site.method.params(site.layer).items():
         if row.shared is None and name in site.params:

@@ -27,6 +27,7 @@ from peftarray.errors import (
 )
 from peftarray.formats import peft
 from peftarray.formats.adapters import Adapters
+from peftarray.formats.folder import check_new, usable_name
 from peftarray.merging.execute import Progress, execute, planned_memory
 from peftarray.merging.journal import JOURNAL, Journal, read_journal, sync_folder
 from peftarray.merging.placement import placement
@@ -201,12 +202,8 @@ def _disk_errors(place: Path) -> Iterator[None]:
 
 def _check_place(target: Path, inputs: list[Path], *, dry_run: bool) -> bool:
     """Whether OUT is a finished merge that only lacks its last step; every other OUT that exists is refused."""
-    try:
+    with usable_name(target):
         return _is_finished(target, inputs, dry_run=dry_run)
-    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a null character
-        why = getattr(error, "strerror", None) or error
-        message = f"OUT {str(target)[:200]} cannot be a folder ({why}); give another name"
-        raise OutputError(message) from None
 
 
 def _is_finished(target: Path, inputs: list[Path], *, dry_run: bool) -> bool:
@@ -218,15 +215,7 @@ def _is_finished(target: Path, inputs: list[Path], *, dry_run: bool) -> bool:
                 raise OutputError(message)
     if (target / JOURNAL).is_file():
         return True
-    if target.exists() or target.is_symlink():
-        message = f"OUT {target} exists; give a new folder, or remove it first"
-        raise OutputError(message)
-    if not target.parent.is_dir():
-        message = f"OUT {target}: the folder {target.parent} does not exist; make it first"
-        raise OutputError(message)
-    if not dry_run and not os.access(target.parent, os.W_OK | os.X_OK):
-        message = f"OUT {target}: no permission to write in {target.parent}; choose another place"
-        raise OutputError(message)
+    check_new(target, written=not dry_run)
     return False
 
 

@@ -219,7 +219,13 @@ class LoraConfig(LowRank):
             made["magnitude"] = namespace(magnitude).reshape(magnitude, (-1,))
         return made
 
-    def update(self, p: Params, w: Array, layer: Layer) -> Array:
+    def needs_base(self) -> bool:
+        return self.use_dora
+
+    def product(self, p: Params, layer: Layer) -> tuple[Array, Array] | None:
+        return None if self.use_dora else super().product(p, layer)
+
+    def update(self, p: Params, w: Array | None, layer: Layer) -> Array:
         return self.weight(p, w, layer) - w if self.use_dora else super().update(p, w, layer)
 
     def weight(self, p: Params, w: Array, layer: Layer) -> Array:

@@ -319,3 +319,22 @@ def test_status():
     assert len(lines) == 19
     assert status.to_list()[0]["parameters"] == 48
     assert all(item.norm is None for item in model.status(norms=False))
+
+
+def test_a_weighted_sum_of_adapters_is_one():
+    model = of(a=CONFIGS["lora"], b=CONFIGS["lora-pattern"], c=CONFIGS["ia3"])
+    model.set_scale("b", 0.5)
+    model.add_weighted_adapter(["a", "b"], [0.75, 2.0], "sum", "cat")
+    assert model.active_adapters == ["a"]
+    model.set_adapter("sum")
+    found = logits(model)
+    model.set_scale("a", 0.75)
+    model.set_scale("b", 1.0)
+    model.set_adapter(["a", "b"])
+    np.testing.assert_allclose(found, logits(model), atol=1e-9)
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match="one for each"):
+        model.add_weighted_adapter(["a", "b"], [1.0], "other")
+    with pytest.raises(PeftError, match="combination"):
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "other", "tie")
+    assert snapshot(model) == before
