@@ -105,14 +105,14 @@ def known_values(method: type[Any], data: Mapping[str, Any], where: str, *, allo
 
 
 def unknown_fields(config: AdapterConfig | Prompt, data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a JSON object says beyond the fields of a configuration: what has no effect here, or was allowed.
+    """What a JSON object says beyond what is written of its configuration: what has no effect here, or was allowed.
 
     Example:
         >>> from peftarray import LoraConfig
         >>> unknown_fields(LoraConfig(r=4), {"peft_type": "LORA", "r": 4, "runtime_config": {"a": 1}})
         {'runtime_config': {'a': 1}}
     """
-    known = {field.name for field in dataclasses.fields(config)} | {"peft_type"}
+    known = config_to_dict(config)
     return {name: value for name, value in data.items() if name not in known}
 
 
