@@ -16,9 +16,12 @@ from peftarray.mixed import mixed_bias, mixed_weight
 from peftarray.model import PeftModel
 
 from ..model.cases import CONFIGS, WIDTH, base_weights, moved, run
+from .libraries import on_libraries
 
 IDS = np.asarray([[1, 7, 3], [0, 1, 10], [2, 2, 5], [9, 0, 4], [3, 3, 8], [6, 1, 1]])
 ROWS: list[str | None] = ["b", None, "a", "b", "__base__", "a"]
+
+CORE = ("lora", "dora", "ia3", "loha", "lokr", "vera", "oft")
 
 
 def of(names: dict[str, pa.AdapterConfig], base: Any, asarray: Any, to_numpy: Any) -> PeftModel:
@@ -52,10 +55,11 @@ def base(asarray) -> dict[str, Any]:
     return {name: asarray(array) for name, array in base_weights().items()}
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_each_sample_is_what_it_is_alone(config, base, asarray, to_numpy):
+@on_libraries("name", [(name,) for name in CONFIGS], also=lambda name: name in CORE)
+def test_each_sample_is_what_it_is_alone(name, base, asarray, to_numpy):
     """Beside a plain LoRA, so that every method meets one that adds apart."""
-    model = of({"a": LoraConfig(r=3, target_modules=["q_proj", "embed_tokens"]), "b": config}, base, asarray, to_numpy)
+    first = LoraConfig(r=3, target_modules=["q_proj", "embed_tokens"])
+    model = of({"a": first, "b": CONFIGS[name]}, base, asarray, to_numpy)
     ids = asarray(IDS)
     wanted = np.concatenate([to_numpy(y) for y in alone(model, ROWS, ids, run)])
     found = to_numpy(run(model.weights_for(ROWS), ids))
@@ -73,7 +77,9 @@ def flat(weights: Any, ids: Any) -> Any:
     return x @ weights[f"{name}.weight"].mT + weights[f"{name}.bias"]
 
 
-@pytest.mark.parametrize("rows", [ROWS, ["a"] * 6, [None] * 6, [None, None, "a", "a", "b", "b"]])
+@on_libraries(
+    "rows", [(ROWS,), (["a"] * 6,), ([None] * 6,), ([None, None, "a", "a", "b", "b"],)], also=lambda rows: rows is ROWS
+)
 def test_rows_of_samples_are_samples(rows, base, asarray, to_numpy):
     names = {"a": CONFIGS["lora"], "b": CONFIGS["ia3"]}
     model = of(names, base, asarray, to_numpy)
@@ -81,8 +87,11 @@ def test_rows_of_samples_are_samples(rows, base, asarray, to_numpy):
     np.testing.assert_allclose(to_numpy(flat(model.weights_for(rows), asarray(IDS))), wanted, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "loha", "lokr", "vera", "oft"])
-@pytest.mark.parametrize("library", ["numpy", "torch", "jax"], indirect=True)
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [(library, name) for library in ("numpy", "torch", "jax") for name in (CORE[::3] if library == "jax" else CORE)],
+    indirect=["library"],
+)
 def test_gradients_reach_each_adapter(name, base, asarray, to_numpy, xp):
     """And equal those of each sample alone."""
     config = CONFIGS[name]
@@ -192,9 +201,11 @@ def test_a_part_that_is_everybodys_is_itself(asarray, to_numpy):
     np.testing.assert_array_equal(to_numpy(bias + x), to_numpy(x + bias))
 
 
+@pytest.mark.parametrize("library", ["jax"], indirect=True)
 def test_slots_are_compiled_once(asarray, to_numpy):
     """A switch, another mix, and another adapter in a place: the compiled function goes on as it is."""
-    jax = pytest.importorskip("jax")
+    import jax
+
     base = {name: jax.numpy.asarray(array) for name, array in base_weights().items()}
     model = PeftModel(base)
     ranks = {"a": 2, "b": 3, "c": 4, "d": 1}
