@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from peftarray.adapter import Adapter
-from peftarray.arrays import Array, device
+from peftarray.arrays import Array
 from peftarray.composition import Composition
 from peftarray.errors import UnsupportedError
 from peftarray.layers import Window
 from peftarray.method_dropout import Drop
-from peftarray.stand_in import StandIn, kind_for
+from peftarray.stand_in import OverArray, kind_for
 
 if TYPE_CHECKING:
     from peftarray.method import AdapterConfig
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["AdaptedWeight", "adapted"]
 
 
-class AdaptedWeight(StandIn):
+class AdaptedWeight(OverArray):
     """`adapter.merge(base)`, which is not formed as long as a model multiplies by it on the side of its inputs, takes
     rows of an embedding or convolves with it.
 
@@ -61,19 +61,6 @@ class AdaptedWeight(StandIn):
         methods = self.adapter.adapters if isinstance(self.adapter, Composition) else (self.adapter,)
         names = " + ".join(type(adapter.config).__name__ for adapter in methods)
         return f"AdaptedWeight({names}, {self.shape}, {self.dtype})"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = tuple(self.base.shape)
-        return shape[::-1] if self._flipped else shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
-
-    @property
-    def device(self) -> Any:
-        return device(self.base)
 
     @property
     def materialised(self) -> int:

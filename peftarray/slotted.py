@@ -13,17 +13,17 @@ from typing import Any, Self
 from peftarray import trees
 from peftarray.adapter import beside_short
 from peftarray.adapter_sets import AdapterSet, Loaded
-from peftarray.arrays import Array, device, integers
+from peftarray.arrays import Array, integers
 from peftarray.bases import weights_of
 from peftarray.errors import ConfigError, MatchError, UnsupportedError, nearest
 from peftarray.layers import Layer, contract
 from peftarray.slots import Factors, put_slot, slot_factors, slot_update, stack_slots
-from peftarray.stand_in import StandIn, kind_for
+from peftarray.stand_in import OverArray, kind_for
 
 __all__ = ["AdapterSlots", "SlottedWeight", "slots_of"]
 
 
-class SlottedWeight(StandIn):
+class SlottedWeight(OverArray):
     """A weight with the slots that an index chooses, for all samples of a batch or one for each.
 
     Attributes:
@@ -40,19 +40,6 @@ class SlottedWeight(StandIn):
         self.index = index
         self.layer = layer
         self._flipped = flipped
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = tuple(self.base.shape)
-        return shape[::-1] if self._flipped else shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
-
-    @property
-    def device(self) -> Any:
-        return device(self.base)
 
     @property
     def mT(self) -> Self:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, Never, Self, TypeVar
 
-from peftarray.arrays import Array, namespace, register_branch
+from peftarray.arrays import Array, device, namespace, register_branch
 from peftarray.errors import UnsupportedError
 from peftarray.routes import Weight, answer
 
-__all__ = ["Namespace", "StandIn", "kind_for"]
+__all__ = ["Namespace", "OverArray", "StandIn", "kind_for"]
 
 # Methods of arrays that make a new array or number, by which model code treats weights.
 _METHODS = frozenset(
@@ -229,6 +229,30 @@ class StandIn(Weight):
         if found is not NotImplemented:
             return found
         return function(*map(_dense, arguments), **{key: _dense(value) for key, value in options.items()})
+
+
+class OverArray(StandIn):
+    """A stand-in over one frozen array, as that is stored or the other way round. Abstract.
+
+    Attributes:
+        base: the array.
+    """
+
+    base: Array
+    _flipped: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = tuple(self.base.shape)
+        return shape[::-1] if self._flipped else shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    @property
+    def device(self) -> Any:
+        return device(self.base)
 
 
 def _dense(value: Any) -> Any:
