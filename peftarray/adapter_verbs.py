@@ -166,7 +166,7 @@ class AdapterVerbs(ABC):
             folder = Path(source).absolute()
             found = load_adapter(self.base, folder, layers=self.layers, trainable=entry.trainable)
         new = replace(entry, found=found, folder=folder, trainable=found.trainable, hosted=False)
-        changed = self.registry.replaced(adapter_name, new)
+        changed = self.registry.replaced(adapter_name, new).scaled(adapter_name, entry.scale)
         if adapter_name in changed.active:
             changed = changed.activated(changed.active, self._shelf)
         self.registry = changed.fitted([adapter_name], self._shelf)

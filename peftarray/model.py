@@ -345,7 +345,7 @@ class PeftModel(AdapterVerbs):
     @property
     def _model(self) -> Any:
         """The base, or what adapters are merged into now."""
-        return self.base if self.merged_state is None else self.merged_state.base
+        return self.merged_state.base if self.merged_state is not None and self.registry.enabled else self.base
 
     def _acting(self, names: Sequence[str] | None = None) -> list[Acting]:
         """The adapters that act, or those of these names, which memory holds; without methods where some are merged."""
@@ -367,7 +367,9 @@ class PeftModel(AdapterVerbs):
         registry = self.registry
         for one in self._acting():
             found = one.found.unfrozen() if trainable else replace(one.found, trainable=False)
-            registry = registry.replaced(one.name, replace(registry.entry(one.name), found=found, trainable=trainable))
+            # A file no longer holds for sure what was trained in place.
+            entry = replace(registry.entry(one.name), found=found, trainable=trainable, folder=None)
+            registry = registry.replaced(one.name, entry)
         return replace(self, registry=registry)
 
     def _chosen(self, adapter_names: Sequence[str | None] | None) -> Any:

@@ -6,6 +6,7 @@ assignment is never left with half a change.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -87,8 +88,8 @@ class Registry:
         recent: names in the order of their last use, kept where there is a capacity.
 
     Example:
-        >>> Registry().with_new("a", Entry(None)).scaled("a", 0.5).entries["a"].scale
-        0.5
+        >>> Registry().with_new("a", Entry(None)).renamed("a", "b").entries["b"].scale
+        1.0
     """
 
     entries: Mapping[str, Entry] = field(default_factory=dict)
@@ -173,7 +174,7 @@ class Registry:
             message = f"the scale of {name} is {scale!r}; give a finite number"
             raise ConfigError(message)
         entry = self.entry(name)
-        if isinstance(entry.found, PromptSet) and scale != 1:
+        if isinstance(entry.settings, Prompt) and scale != 1:
             message = f"{name} is a prompt, which is read or not and has no scale; leave it at 1"
             raise UnsupportedError(message)
         return self.replaced(name, replace(entry, scale=float(scale)))
@@ -258,7 +259,7 @@ class Registry:
             if entry.folder is not None and not found.trainable:
                 entries[name] = replace(entry, found=None, config=found.config)
             elif self.spill is not None and found.restorable():
-                folder = self.spill / name
+                folder = _free(self.spill, name, entries)
                 shelf.save(folder, found)
                 entries[name] = replace(
                     entry, found=None, folder=folder, trainable=found.trainable, config=found.config
@@ -288,6 +289,13 @@ class Registry:
             return ()
         last = dict.fromkeys(names)
         return (*(name for name in self.recent if name not in last), *last)
+
+
+def _free(spill: Path, name: str, entries: Mapping[str, Entry]) -> Path:
+    """A folder for an adapter that no other one lies in, which may have had its name."""
+    taken = {entry.folder for other, entry in entries.items() if other != name}
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(spill / own for own in names if spill / own not in taken)
 
 
 def _listed(names: Iterable[str]) -> str:

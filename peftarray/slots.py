@@ -45,6 +45,8 @@ def why_no_slot(adapter: Adapter) -> str | None:
     """Why an adapter cannot be put into slots; None where it can."""
     if "bias" in adapter.touches():
         return f"{type(adapter.config).__name__} changes the bias as well, and slots hold no biases"
+    if adapter.config.keeps_tied():
+        return "a tied head follows this adapter, and slots are of one weight"
     return why_not_thin(adapter) or (
         "a convolution has one kernel for a whole batch" if adapter.layer.kind == "conv" else None
     )

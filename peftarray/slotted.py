@@ -6,7 +6,7 @@ that another had, changes their numbers and none of their shapes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ from peftarray.arrays import Array, integers
 from peftarray.bases import weights_of
 from peftarray.errors import ConfigError, MatchError, UnsupportedError, nearest
 from peftarray.layers import Layer, contract
+from peftarray.method import AdapterConfig
 from peftarray.slots import Factors, put_slot, slot_factors, slot_update, stack_slots
 from peftarray.stand_in import OverArray, kind_for
 
@@ -44,6 +45,10 @@ class SlottedWeight(OverArray):
     @property
     def mT(self) -> Self:
         return type(self)(self.base, self.down, self.up, self.index, self.layer, not self._flipped)
+
+    def kept(self, keep: Callable[[AdapterConfig], bool]) -> Array:
+        """The frozen weight: an adapter that a tied head follows has no slot."""
+        return self.base.mT if self._flipped else self.base
 
     def dense(self) -> Array:
         message = (

@@ -11,11 +11,14 @@ import operator
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, ClassVar, Never, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Never, Self, TypeVar
 
 from peftarray.arrays import Array, device, namespace, register_branch
 from peftarray.errors import UnsupportedError
 from peftarray.routes import Weight, answer
+
+if TYPE_CHECKING:
+    from peftarray.method import AdapterConfig
 
 __all__ = ["Namespace", "OverArray", "StandIn", "kind_for"]
 
@@ -97,6 +100,10 @@ class StandIn(Weight):
     def plus(self, x: Array) -> Array:
         """`x + self`, or `NotImplemented`."""
         return NotImplemented
+
+    def kept(self, keep: Callable[[AdapterConfig], bool]) -> Array:
+        """The weight with those adapters alone whose method this says yes to."""
+        return self
 
     @abstractmethod
     def flatten(self) -> tuple[tuple[Array, ...], Any]:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from peftarray.adapted_weight import AdaptedWeight
 from peftarray.arrays import Array, namespace, weight_product
 from peftarray.errors import MatchError, UnsupportedError
 from peftarray.method import AdapterConfig
@@ -20,6 +19,7 @@ from peftarray.models.inputs import Tokens, score_mask, token_numbers, token_pos
 from peftarray.models.linear import Weights, find
 from peftarray.models.prompt import behind, prefix, virtual_rows, virtual_tokens
 from peftarray.prompts.prompt import KEY_VALUES, TOKENS
+from peftarray.stand_in import StandIn
 
 __all__ = ["HEAD", "Decoder", "Model", "Tensor"]
 
@@ -181,7 +181,7 @@ class Decoder(Model):
         embedding, head = find(weights, self.prefix + self.input_embedding), self.head(weights)
         if HEAD in weights or head is embedding:
             return {}
-        return {HEAD: head.dense() if isinstance(head, AdaptedWeight) else head}
+        return {HEAD: head.dense() if isinstance(head, StandIn) else head}
 
     generate = generate
 
@@ -272,7 +272,7 @@ class Decoder(Model):
 
 def _shared(embedding: Array) -> Array:
     """An embedding as a head sees it that is tied to it: without adapters that are the embedding's alone."""
-    return embedding.kept(_follows_ties) if isinstance(embedding, AdaptedWeight) else embedding
+    return embedding.kept(_follows_ties) if isinstance(embedding, StandIn) else embedding
 
 
 def _follows_ties(method: AdapterConfig) -> bool:

@@ -161,3 +161,39 @@ def test_a_prompt_whose_encoder_no_file_holds_stays(tmp_path):
     assert {name: array.tobytes() for name, array in model.params.items()} == {
         name: array.tobytes() for name, array in values.items()
     }
+
+
+def test_a_name_that_was_another_adapters_loses_nothing(tmp_path):
+    """What lies in the spill folder under a name stays, though its adapter was renamed and the name taken again."""
+    model = PeftModel(base_weights())
+    model.set_capacity(1, tmp_path)
+    for seed, name in enumerate(("a", "z")):
+        model.add_adapter(name, CONFIGS["lora"], seed=seed)
+    model.set_adapter("z")
+    model.rename_adapter("a", "b")
+    model.add_adapter("a", CONFIGS["lora"], seed=2)
+    model.load_adapter(tmp_path / "a", "copy", lazy=True)
+    model.set_adapter("copy")
+    seeds = {"b": 0, "a": 2, "z": 1}
+    for name, seed in seeds.items():
+        model.set_adapter(name)
+        fresh = PeftModel(base_weights())
+        fresh.add_adapter("own", CONFIGS["lora"], seed=seed)
+        assert {key: array.tobytes() for key, array in model.params.items()} == {
+            key: array.tobytes() for key, array in fresh.params.items()
+        }
+
+
+def test_what_was_trained_in_place_is_written(folders, tmp_path):
+    model = PeftModel(base_weights())
+    model.load_adapter(folders["a"], "a", is_trainable=True)
+    model.load_adapter(folders["c"], "c")
+    key, array = next(iter(model.params.items()))
+    array += 1.0  # as an optimiser of torch's does
+    wanted = array.copy()
+    model = model.freeze()
+    model.set_capacity(1, tmp_path / "spill")
+    model.set_adapter("c")
+    assert inside(model) == "c"
+    model.set_adapter("a")
+    np.testing.assert_array_equal(model.unfreeze().params[key], wanted)

@@ -241,3 +241,27 @@ def test_slots_are_compiled_once(asarray, to_numpy):
         swapped.index(["c"])
     with pytest.raises(ConfigError, match="max_rank=4"):
         model.slots(["c"], max_rank=3)
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_head_that_is_tied_to_an_adapted_embedding(follows):
+    kind = {"model_type": "llama", "vocab_size": 11, "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1}
+    base = pa.models.create({**kind, "num_attention_heads": 2, "tie_word_embeddings": True})
+    config = LoraConfig(
+        r=2, init_lora_weights=False, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=follows
+    )
+    model = PeftModel(base)
+    for seed, name in enumerate("ab"):
+        model.add_adapter(name, config, seed=seed)
+    wanted = []
+    for i, name in enumerate(("a", "b")):
+        model.set_adapter(name)
+        wanted.append(model(IDS[i : i + 1]))
+    found = model(IDS[:2], adapter_names=["a", "b"])
+    np.testing.assert_allclose(found, np.concatenate(wanted), atol=1e-5)
+    if follows:
+        with pytest.raises(UnsupportedError, match="tied head"):
+            model.slots(max_rank=2)
+    else:
+        slots = model.slots(max_rank=2)
+        np.testing.assert_allclose(base(slots.weights(slots.index(["a", "b"])), IDS[:2]), found, atol=1e-5)

@@ -188,6 +188,8 @@ def test_merged_for_a_while(asarray, to_numpy, xp):
             with pytest.raises(ConfigError, match="unmerge_adapter"):
                 verb()
         assert [item.merged for item in model.status(norms=False)] == [True] * 12
+        with model.disable_adapter():
+            np.testing.assert_array_equal(to_numpy(run(model.weights, ids)), to_numpy(run(base, ids)))
     np.testing.assert_array_equal(to_numpy(run(model.weights, ids)), acting)
     for name, array in model.base.items():
         assert to_numpy(array).tobytes() == before[name].tobytes()
