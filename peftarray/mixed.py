@@ -262,7 +262,8 @@ def _mixed(kind: type[Any], parts: Sequence[Array], places: Sequence[int]) -> Ar
         found.append(used[id(part)])
     if len(own) == 1:
         return own[0]
-    arrays, _ = _take_apart(tuple(own))
+    # What is of one type is of one library.
+    arrays, _ = _take_apart(tuple({type(part): part for part in own}.values()))
     return kind_for(kind, *arrays)(tuple(own), tuple(found))
 
 
