@@ -104,8 +104,7 @@ class PeftModel(AdapterVerbs):
     @property
     def adapters(self) -> Mapping[str, Adapter]:
         """Module's name -> the adapter on it, of the first active one that is a method."""
-        found = (one.found for one in self._acting())
-        return next((one.adapters for one in found if isinstance(one, AdapterSet)), {})
+        return next((one.found.adapters for one in self._acting() if isinstance(one.found, AdapterSet)), {})
 
     def status(self, *, norms: bool = True) -> Status:
         """What adapters there are, layer by layer; with the norm of each update unless `norms` is false."""
@@ -163,8 +162,8 @@ class PeftModel(AdapterVerbs):
         """
         wanted = list(self.registry.entries) if names is None else list(names)
         self.registry = self.registry.ready(wanted, self._shelf)
-        sets = {name: self.registry.found(name) for name in wanted}
-        scales = {name: self.registry.entry(name).scale for name in wanted}
+        sets = {one.name: one.found for one in self._acting(wanted)}
+        scales = {one.name: one.scale for one in self._acting(wanted)}
         return slots_of(self.base, sets, max_rank=max_rank, count=count, scales=scales)
 
     def for_tasks(self, task_ids: Any) -> PeftModel:
@@ -198,9 +197,9 @@ class PeftModel(AdapterVerbs):
         several active adapters, a name ends in the adapter's, but for what is trained whole.
         """
         found: dict[str, Array] = {}
-        for one in self._trained():
+        for one in (trained := self._trained()):
             found |= {self._public(one.name, key): array for key, array in one.found.trained().items()}
-        return found | {name: array for one in self._trained() for name, array in one.found.whole.items()}
+        return found | {name: array for one in trained for name, array in one.found.whole.items()}
 
     @params.setter
     def params(self, params: Params) -> None:
@@ -303,9 +302,8 @@ class PeftModel(AdapterVerbs):
             OutputError: the folder cannot be written.
         """
         names = list(self.registry.entries) if selected_adapters is None else list(selected_adapters)
-        for name in names:
-            self.registry.entry(name)
-        for name in names:
+        every = {name: self.registry.entry(name) for name in names}
+        for name in every:
             save_adapter(adapter_folder(folder, name), self.registry.ready([name], self._shelf).found(name))
 
     @classmethod
@@ -367,7 +365,7 @@ class PeftModel(AdapterVerbs):
         registry = self.registry
         for one in self._acting():
             found = one.found.unfrozen() if trainable else replace(one.found, trainable=False)
-            # A file no longer holds for sure what was trained in place.
+            # No folder: what was trained in place is in no file.
             entry = replace(registry.entry(one.name), found=found, trainable=trainable, folder=None)
             registry = registry.replaced(one.name, entry)
         return replace(self, registry=registry)
