@@ -49,57 +49,34 @@ def batch() -> np.ndarray:
 
 def peft_runs(base: Path, folder: Path) -> Runs:
     import peft
-    import torch
     from transformers import AutoModelForCausalLM
 
-    model = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), folder, adapter_name="a0"
-    ).eval()
-    ids = torch.asarray(batch())
+    module = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
     config = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=TARGETS)
-
-    @torch.no_grad()
-    def run(names: Sequence[str]) -> np.ndarray:
-        if names:
-            return model(ids, adapter_names=names).logits.numpy()
-        with model.disable_adapter():
-            return model(ids).logits.numpy()
-
-    return {
-        "run": run,
-        "switch": model.set_adapter,
-        "load": model.load_adapter,
-        "add": lambda name: model.add_adapter(name, config),
-        "delete": model.delete_adapter,
-    }
+    return module_runs(peft.PeftModel.from_pretrained(module, folder, adapter_name="a0"), config)
 
 
 def torch_runs(base: Path, folder: Path) -> Runs:
-    import torch
     from transformers import AutoModelForCausalLM
 
     import peftarray as pa
 
-    model = pa.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), folder, adapter_name="a0"
-    ).eval()
-    ids = torch.asarray(batch())
+    module = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
     config = pa.LoraConfig(r=RANK, lora_alpha=16, target_modules=TARGETS)
+    return module_runs(pa.PeftModel.from_pretrained(module, folder, adapter_name="a0"), config)
+
+
+def module_runs(model: Any, config: Any) -> Runs:
+    import torch
+
+    ids = torch.asarray(batch())
+    model.eval()
 
     @torch.no_grad()
-    def run(names: Sequence[str]) -> np.ndarray:
-        if names:
-            return model(ids, adapter_names=names).logits.numpy()
-        with model.disable_adapter():
-            return model(ids).logits.numpy()
+    def logits(names: Sequence[str]) -> np.ndarray:
+        return (model(ids, adapter_names=names) if names else model(ids)).logits.numpy()
 
-    return {
-        "run": run,
-        "switch": model.set_adapter,
-        "load": model.load_adapter,
-        "add": lambda name: model.add_adapter(name, config),
-        "delete": model.delete_adapter,
-    }
+    return runs_of(model, config, logits)
 
 
 def numpy_runs(base: Path, folder: Path) -> Runs:
@@ -108,12 +85,15 @@ def numpy_runs(base: Path, folder: Path) -> Runs:
     model = pa.PeftModel.from_pretrained(pa.models.load(base, dtype="float32"), folder, adapter_name="a0")
     ids = batch()
     config = pa.LoraConfig(r=RANK, lora_alpha=16, target_modules=TARGETS)
+    return runs_of(model, config, lambda names: model(ids, adapter_names=names) if names else model(ids))
 
+
+def runs_of(model: Any, config: Any, logits: Callable[[Sequence[str]], np.ndarray]) -> Runs:
     def run(names: Sequence[str]) -> np.ndarray:
         if names:
-            return model(ids, adapter_names=names)
+            return logits(names)
         with model.disable_adapter():
-            return model(ids)
+            return logits(names)
 
     return {
         "run": run,

@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 from .cases import CONFIGS  # noqa: E402
-from .torch_net import Net, randomise  # noqa: E402
+from .torch_net import Net, randomise, several  # noqa: E402
 
 IDS = torch.tensor([[1, 7, 3], [0, 1, 10], [7, 7, 2], [4, 9, 5]])
 PAIRS = list(itertools.combinations(CONFIGS, 2))
@@ -29,14 +29,8 @@ close: dict[str, float] = {"atol": 1e-10, "rtol": 1e-8}
 
 
 def with_adapters(*names: str, **options: Any) -> Any:
-    """A model with these of the table's adapters under their own names; the last is active."""
-    first, *others = names
-    model = randomise(get_peft_model(Net(**options), CONFIGS[first], adapter_name=first))
-    for seed, name in enumerate(others, start=1):
-        model.add_adapter(name, CONFIGS[name], seed=seed)
-        model.set_adapter(name)
-        randomise(model)
-    return model.eval()
+    """A model with these adapters; the last is active."""
+    return several(CONFIGS, *names, **options)
 
 
 def alone(name: str, folder: Any) -> Any:

@@ -17,7 +17,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import strategies as st  # noqa: E402
 
 from .cases import CONFIGS  # noqa: E402
-from .torch_net import Net, randomise  # noqa: E402
+from .torch_net import Net, randomise, several  # noqa: E402
 
 WHOLE = {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}
 ADAPTERS = {name: config for name, config in CONFIGS.items() if config.trained_biases() == "none"} | {
@@ -30,13 +30,8 @@ close: dict[str, float] = {"atol": 1e-10, "rtol": 1e-8}
 
 
 def mixed(*names: str, **options: Any) -> Any:
-    first, *others = names
-    model = randomise(get_peft_model(Net(**options), ADAPTERS[first], adapter_name=first))
-    for seed, name in enumerate(others, start=1):
-        model.add_adapter(name, ADAPTERS[name], seed=seed)
-        model.set_adapter(name)
-        randomise(model)
-    return model.eval()
+    """A model with these adapters; the last is active."""
+    return several(ADAPTERS, *names, **options)
 
 
 def ids(rows: int) -> Any:

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 
 from peftarray import ConfigError, LoraConfig, PeftError, UnsupportedError, VeraConfig
-from peftarray.model import get_peft_model
 
 torch = pytest.importorskip("torch")
 
 from .cases import CONFIGS  # noqa: E402
-from .torch_net import Net, randomise  # noqa: E402
+from .torch_net import Net, several  # noqa: E402
 
 IDS = torch.tensor([[1, 7, 3], [0, 1, 10], [7, 7, 2], [4, 9, 5]])
 TARGETS = {"target_modules": ["q_proj", "o_proj", "embed_tokens"]}
@@ -26,14 +25,9 @@ ADAPTERS = {
 close: dict[str, float] = {"atol": 1e-10, "rtol": 1e-8}
 
 
-def with_adapters(*names: str) -> Any:
-    first, *others = names
-    model = randomise(get_peft_model(Net(), ADAPTERS[first], adapter_name=first))
-    for seed, name in enumerate(others, start=1):
-        model.add_adapter(name, ADAPTERS[name], seed=seed)
-        model.set_adapter(name)
-        randomise(model)
-    return model.eval()
+def with_adapters(*names: str, **options: Any) -> Any:
+    """A model with these adapters; the last is active."""
+    return several(ADAPTERS, *names, **options)
 
 
 @pytest.fixture(autouse=True)
