@@ -206,14 +206,22 @@ class Contender:
     process: subprocess.Popen[str]
 
     @classmethod
-    def start(cls, name: str, threads: int, keep_memory: bool) -> Contender:
+    def start(cls, name: str, threads: int, keep_memory: bool, *command: str) -> Contender:
+        """A process of this script, or of another that serves like it.
+
+        Args:
+            name: what it is to be.
+            threads: how many it has.
+            keep_memory: whether glibc keeps what is freed.
+            command: a script and its arguments; this one if empty.
+        """
         variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         environment = os.environ | dict.fromkeys(variables, str(threads)) | {"HF_HUB_OFFLINE": "1"}
         if keep_memory:
             environment |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
-        command = [sys.executable, __file__, "--serve", name]
+        full = [sys.executable, *(command or (__file__,)), "--serve", name]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        return cls(name, subprocess.Popen(command, env=environment, **pipes))
+        return cls(name, subprocess.Popen(full, env=environment, **pipes))
 
     def ask(self, method: str, action: str, seconds: float) -> tuple[float, list[float]]:
         assert self.process.stdin is not None
