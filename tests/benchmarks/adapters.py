@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from methods import Contender
+from turns import Contender, serve
 
 ROWS, TOKENS, RANK, DRAWN = 64, 16, 8, 8
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -104,8 +104,8 @@ def runs_of(model: Any, config: Any, logits: Callable[[Sequence[str]], np.ndarra
     }
 
 
-def serve(contender: str, base: Path, drawn: Path) -> None:
-    """Answers requests: `[count, action, rounds]` on a line, and back `[median ms, numbers of the result]`."""
+def contend(contender: str, base: Path, drawn: Path) -> None:
+    """Answers `count, action, rounds` with `[median ms, numbers of the result]`."""
     warnings.simplefilter("ignore")
     make = {"peft": peft_runs, "torch": torch_runs, "numpy": numpy_runs}[contender]
     if contender != "numpy":
@@ -115,15 +115,16 @@ def serve(contender: str, base: Path, drawn: Path) -> None:
     folders = sorted(path for path in drawn.iterdir() if path.is_dir())
     runs = make(base, folders[0])
     loaded = 1
-    for line in sys.stdin:
-        count, action, times = json.loads(line)
-        count = int(count)
+
+    def answer(count: int, action: str, times: int) -> tuple[float, list[float]]:
+        nonlocal loaded
         wanted = max(BATCHES) if action == "forward" else count
         for place in range(loaded, wanted):
             runs["load"](folders[place % len(folders)], f"a{place}")
         loaded = max(loaded, wanted)
-        answer = forward(runs, count, times) if action == "forward" else (verb(runs, action, folders[0], times), [])
-        print(json.dumps(answer), flush=True)
+        return forward(runs, count, times) if action == "forward" else (verb(runs, action, folders[0], times), [])
+
+    serve(answer)
 
 
 def forward(runs: Runs, count: int, times: int) -> tuple[float, list[float]]:
@@ -176,7 +177,13 @@ def measure(base: Path, names: Sequence[str], loaded: Sequence[int], rounds: int
     """`forward` or a verb -> count -> contender -> median of the rounds, in ms."""
     with tempfile.TemporaryDirectory() as place:
         draw(base, Path(place))
-        contenders = [Contender.start(name, threads, True, __file__, str(base), "--drawn", place) for name in names]
+        variables = {
+            "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
+            "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+            "BENCHMARK_BASE": str(base),
+            "BENCHMARK_DRAWN": place,
+        }
+        contenders = [Contender.start(__file__, name, threads, variables) for name in names]
         try:
             results: dict[str, Any] = {}
             plan = [("forward", count) for count in BATCHES] + [(v, n) for n in sorted(loaded) for v in VERBS]
@@ -193,7 +200,7 @@ def in_turns(contenders: list[Contender], action: str, count: int, rounds: int) 
     for turn in range(rounds):
         first, expected = turn % len(contenders), []
         for contender in contenders[first:] + contenders[:first]:
-            milliseconds, numbers = contender.ask(str(count), action, 20 if action == "switch" else 1)
+            milliseconds, numbers = contender.ask(count, action, 20 if action == "switch" else 1)
             times[contender.name].append(milliseconds)
             expected = expected or numbers
             if not np.allclose(numbers, expected, rtol=1e-2, atol=1e-2):
@@ -229,7 +236,7 @@ def show(results: dict[str, Any], names: Sequence[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("base", type=Path, help="the folder that smollm2.py wrote")
+    parser.add_argument("base", type=Path, nargs="?", help="the folder that smollm2.py wrote")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="only these")
     parser.add_argument("--loaded", nargs="+", type=int, default=[1, 64, 200], help="how many adapters are loaded")
     parser.add_argument("--rounds", type=int, default=5, help="turns that each contender has")
@@ -239,11 +246,12 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="a file for all medians")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
-    parser.add_argument("--drawn", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(options.serve, options.base, options.drawn)
+        contend(options.serve, Path(os.environ["BENCHMARK_BASE"]), Path(os.environ["BENCHMARK_DRAWN"]))
         return
+    if options.base is None:
+        parser.error("name the folder that smollm2.py wrote.")
     os.environ["BENCHMARK_CLOCK"] = "cpu" if options.cpu_time else "wall"
     results = measure(options.base, options.contenders, options.loaded, options.rounds, options.threads)
     show(results, options.contenders)
