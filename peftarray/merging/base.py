@@ -17,7 +17,7 @@ from peftarray.stores.safetensors import TensorInfo
 if TYPE_CHECKING:
     from peftarray.quant.layouts import Layout, StoredWeight, WritableLayout
 
-__all__ = ["Base", "open_base"]
+__all__ = ["Base", "default_code", "open_base", "read_base"]
 
 _STATED = ("quantization_config", "quantization", "compression_config")
 _DEQUANTISED, _ORIGINAL = "dequantised", "original="
@@ -158,7 +158,7 @@ def read_base(files: Checkpoint) -> Base:
     stated = layout_of(files.config)
     layout, said = stated if stated is not None else (LAYOUTS["bitsandbytes"], {})
     parts = {name for weight in found.values() for name in weight.names()}
-    default = _default_code(files)
+    default = default_code(files)
     infos = [info for name, info in files.items() if name not in parts]
     base = Base(files, files, found, layout, said)
     for name, weight in found.items():
@@ -175,7 +175,7 @@ def _may_be_quantised(files: Checkpoint) -> bool:
     return any(info.code in ("U8", "I8") for info in files.values())
 
 
-def _default_code(files: Checkpoint) -> str:
+def default_code(files: Checkpoint) -> str:
     """The dtype that the model is said to compute with, bfloat16 where nothing is said."""
     for text in (files.config, files.config.get("text_config")):
         for key in ("dtype", "torch_dtype"):

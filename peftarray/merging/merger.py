@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +43,7 @@ def merge(
     requantise: bool = False,
     keep_touched_in: str | None = None,
     allow_lost_updates: bool = False,
+    planned: Callable[[int], None] | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge adapters into a base checkpoint: W' = W + sum scale (F(W) - W), F(W) an adapter's effective weight.
@@ -70,6 +71,7 @@ def merge(
         requantise: write the weights that are quantised in the base, and changed by an adapter, quantised as they were.
         keep_touched_in: write those in this dtype, and leave the others quantised.
         allow_lost_updates: write requantised weights even if they hold less than half of their update.
+        planned: called once with the bytes that there are to write.
         progress: called with (bytes done, name) as the work goes on.
 
     Returns:
@@ -101,6 +103,9 @@ def merge(
     report = replace(report, notes=(*report.notes, *idle))
     if dry_run:
         return replace(report, seconds=time.perf_counter() - started)
+
+    if planned is not None:
+        planned(plan.nbytes)
 
     def finish(tensors: tuple[TensorReport, ...], folder: Path, resumed: int) -> MergeReport:
         notes = write_side_files(plan, folder)

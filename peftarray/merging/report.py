@@ -73,6 +73,10 @@ class Sums:
         return math.sqrt(self.update / self.base) if self.base else (math.inf if self.update else 0.0)
 
     @property
+    def base_relative_error(self) -> float:
+        return math.sqrt(self.rounding / self.base) if self.base else 0.0
+
+    @property
     def error(self) -> float:
         return math.sqrt(self.rounding / self.wanted) if self.wanted else 0.0
 

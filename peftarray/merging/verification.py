@@ -28,7 +28,7 @@ _BLOCK = 1 << 22
 _SINGLE = 1e-6
 """float32's noise, relative to the numbers that were added."""
 _CODES = 0.05
-"""Numbers between two codes may fall to either; the error of requantising may come from such ones to this part."""
+"""A scale between two codes may fall to either; the error of requantising may grow by this part for such ones."""
 
 
 @dataclass
@@ -205,21 +205,23 @@ def _compare_codes(output: Output, merged: Base, found: Verification) -> str | N
     written = encoded.encode(wanted)
     expect = taking(encoded.stored(written), encoded.stored(written).parts(written.__getitem__), columns)
     got = merged.origin(output.name)
-    off = lost = size = 0.0
+    worse = lost = size = 0.0
     for begin, end in _blocks(Segment(0, count, ()), columns, None):
         expected, here = expect(begin, end), got.read(begin, end, columns)
         found.entries += here.size
         found.exact += int(np.count_nonzero(expected == here))
-        off += float(np.square(here - expected, dtype=np.float64).sum())
-        lost += float(np.square(expected - wanted[begin:end], dtype=np.float64).sum())
+        error, least = np.abs(here - wanted[begin:end]), np.abs(expected - wanted[begin:end])
+        # A number halfway between two codes may fall to either, and is no farther from it then.
+        worse += float(np.square(np.maximum(error - least, 0), dtype=np.float64).sum())
+        lost += float(np.square(least, dtype=np.float64).sum())
         size += float(np.square(wanted[begin:end], dtype=np.float64).sum())
-    worst = math.sqrt(off) / (_CODES * math.sqrt(lost) + _SINGLE * math.sqrt(size) or 1.0)
+    worst = math.sqrt(worse) / (_CODES * math.sqrt(lost) + _SINGLE * math.sqrt(size) or 1.0)
     found.worst = max(found.worst, worst)
     if worst <= 1:
         return None
     return (
-        f"{output.name} is not what {weight.codec.kind} makes of the float64 result: it differs by "
-        f"{math.sqrt(off / size) if size else math.inf:.3g} of its norm, {worst:.3g} times what is allowed"
+        f"{output.name} is not what {weight.codec.kind} makes of the float64 result: it is farther from that by "
+        f"{math.sqrt(worse / size) if size else math.inf:.3g} of its norm, {worst:.3g} times what is allowed"
     )
 
 

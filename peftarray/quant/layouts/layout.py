@@ -103,6 +103,9 @@ class Layout(abc.ABC):
     kind: ClassVar[str]
     """What `quant_method` says in `config.json`."""
 
+    stated_in: ClassVar[str] = "quantization_config"
+    """The field of `config.json` that says so."""
+
     skip_list: ClassVar[str | None] = None
     """The field of `quantization_config` that lists modules which are not quantised; None where it has none."""
 

@@ -68,6 +68,7 @@ class MLXLayout(WritableLayout):
     """`p.weight` of unsigned words with `p.scales` and `p.biases`; `config.json` calls it `quantization`."""
 
     kind: ClassVar[str] = "mlx"
+    stated_in: ClassVar[str] = "quantization"
 
     def skipping(self, stated: Mapping[str, Any], modules: Iterable[str], others: Iterable[str]) -> dict[str, Any]:
         return dict(stated) | dict.fromkeys(modules, False)
