@@ -134,14 +134,17 @@ class SegmentMerger:
             rounded: where the result goes, in the output's dtype.
             scratch: of the calling thread.
         """
-        base = decode(stored, self.source, scratch.array("base", stored.shape, self.compute))
+        # What is a number already is read where it lies, and not written to.
+        own = stored.dtype != self.compute
+        base = decode(stored, self.source, scratch.array("base", stored.shape, self.compute)) if own else stored
         flat = base.reshape(-1)
         sums = Sums(count=base.size, base=float(np.dot(flat, flat)))
         value, delta = self._effective(base, begin, begin + len(base))
         sums.update = float(np.dot(delta.reshape(-1), delta.reshape(-1)))
         if value is None:
             # A short dtype's rounding dwarfs float32's, so the sum may stand in for what was wanted.
-            value = np.add(base, delta, out=base if self.target.bits < 32 else None)
+            short = self.target.bits < 32
+            value = np.add(base, delta, out=base if short and own else None)
         encode(value, self.target, rounded)
         if not math.isfinite(sums.base + sums.update) or self.target.code not in _WIDE:
             self._check_finite(sums, stored, delta, rounded)
