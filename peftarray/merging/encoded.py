@@ -17,9 +17,12 @@ from peftarray.stores.checkpoint import Checkpoint
 from peftarray.stores.safetensors import TensorInfo
 
 if TYPE_CHECKING:
+    from peftarray.quant import Codec
     from peftarray.quant.layouts import StoredWeight, WritableLayout
 
 __all__ = ["Encoded", "planned_tensors"]
+
+_SAMPLE = 256  # rows
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,9 @@ def planned_tensors(
             message = f"{weight.name} has the tensor {missing[0]}, which the layout {layout.kind} does not write again"
             raise UnsupportedError(message)
     infos = {info.name: info for info in found}
-    _read_back(layout, weight, infos, stated, zeros)
+    again = _read_back(layout, weight, infos, stated, zeros)
+    if again.codec != weight.codec:
+        _check_same(weight.codec, again.codec, weight)
     return tuple(found)
 
 
@@ -148,10 +153,29 @@ def _read_back(
         UnsupportedError: it would be taken for another one.
     """
     found = [one for one in layout.find(infos, stated, written.__getitem__) if one.name == weight.name]
-    if len(found) != 1 or found[0].shape != weight.shape or found[0].codec != weight.codec:
+    if len(found) != 1 or found[0].shape != weight.shape:
         message = (
             f"{weight.name} cannot be quantised with {weight.codec}: the layout {layout.kind} would be read back "
             f"otherwise ({found[0].codec if found else 'not at all'}); choose other settings"
         )
         raise UnsupportedError(message)
     return found[0]
+
+
+def _check_same(codec: Codec, other: Codec, weight: StoredWeight) -> None:
+    """That two codecs are the same for a weight: a group as wide as its rows is none.
+
+    Raises:
+        UnsupportedError: they are not.
+    """
+    shape = (min(weight.shape[0], _SAMPLE), *weight.shape[1:])
+    values = np.random.default_rng(0).standard_normal(shape, np.float32)
+    parts = codec.quantize(values)
+    same = {name: part.shape for name, part in codec.parts(shape).items()}
+    theirs = {name: part.shape for name, part in other.parts(shape).items()}
+    if {name: math.prod(size) for name, size in same.items()} == {name: math.prod(n) for name, n in theirs.items()}:
+        as_theirs = {name: array.reshape(theirs[name]) for name, array in parts.items()}
+        if np.array_equal(codec.dequantize(parts, shape), other.dequantize(as_theirs, shape)):
+            return
+    message = f"{weight.name} cannot be quantised with {codec}: it would be read back as {other}; choose other settings"
+    raise UnsupportedError(message)
