@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from peftarray.merging import MergeReport as MergeReport
     from peftarray.merging import Verification as Verification
     from peftarray.merging import merge as merge
+    from peftarray.merging import quantize_checkpoint as quantize_checkpoint
     from peftarray.merging import verify as verify
     from peftarray.method import AdapterConfig as AdapterConfig
     from peftarray.method import Additive as Additive
@@ -110,7 +111,7 @@ _HOMES = {
     "formats.peft_writer": "SavedAdapters load_adapters save_adapters",
     "inspection": "Inspection inspect",
     "layers": "Layer Window",
-    "merging": "MergeReport Verification merge verify",
+    "merging": "MergeReport Verification merge quantize_checkpoint verify",
     "method": "AdapterConfig Additive LowRank Param Transform",
     "methods": "METHODS AdaLoraConfig BOFTConfig IA3Config LoHaConfig LoKrConfig LoraConfig OFTConfig"
     " TrainableTokensConfig VeraConfig",

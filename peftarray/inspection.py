@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from peftarray.dtypes import dtype_name
-from peftarray.errors import MatchError, ShapeError
+from peftarray.errors import MatchError, PeftError, ShapeError
 from peftarray.formats.peft import open_weights
 from peftarray.formats.peft_config import read_config
 from peftarray.formats.prompts import holds_prompt, read_prompt_config
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
 from peftarray.prompts.prompt import EMBEDDINGS
+from peftarray.quant.layouts import StoredWeight, find_quantised
 from peftarray.stores.checkpoint import Checkpoint
 
 __all__ = ["AdaptedModule", "Inspection", "inspect"]
@@ -63,7 +65,7 @@ class Inspection:
         path: where.
         kind: `"adapter"` or `"checkpoint"`.
         tensors: how many.
-        parameters: how many numbers they hold.
+        parameters: how many numbers they hold; those of quantised weights are counted as the model has them.
         nbytes: their bytes.
         dtypes: dtype -> how many tensors have it.
         facts: what the configuration says, in words -> values.
@@ -197,7 +199,35 @@ def _checkpoint(tensors: Checkpoint) -> Inspection:
     if "quantization_config" in config:
         facts["quantisation"] = config["quantization_config"]
     facts["files"] = len(tensors.shards)
-    return _summary(tensors.path, "checkpoint", tensors, facts, (), {}, ())
+    found = _summary(tensors.path, "checkpoint", tensors, facts, (), {}, ())
+    try:
+        weights = find_quantised(tensors, config, tensors.read_stored)
+    except PeftError as error:  # what is there is shown all the same
+        facts["quantised weights"] = f"cannot be read: {error}"
+        return found
+    if not weights:
+        return found
+    facts["quantised weights"] = "; ".join(_codecs(weights.values(), tensors))
+    parts = {name for weight in weights.values() for name in weight.names()}
+    sizes = {name: weight.shape for name, weight in weights.items()}
+    sizes |= {name: info.shape for name, info in tensors.items() if name not in parts}
+    largest = sorted(sizes, key=lambda name: -math.prod(sizes[name]))[:5]
+    return dataclasses.replace(
+        found,
+        parameters=sum(map(math.prod, sizes.values())),
+        largest={name: sizes[name] for name in largest},
+    )
+
+
+def _codecs(weights: Iterable[StoredWeight], tensors: Checkpoint) -> Iterator[str]:
+    """Each codec with its weights, and the bits that a number takes with its share of the scales."""
+    by_codec: dict[str, list[StoredWeight]] = defaultdict(list)
+    for weight in weights:
+        by_codec[str(weight.codec)].append(weight)
+    for codec, same in by_codec.items():
+        nbytes = sum(tensors[name].nbytes for weight in same for name in weight.names())
+        bits = 8 * nbytes / max(1, sum(math.prod(weight.shape) for weight in same))
+        yield f"{len(same)} in {codec}, {bits:.2f} bits a number"
 
 
 def _summary(

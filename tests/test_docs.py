@@ -33,6 +33,6 @@ def test_every_option_that_the_docs_name_exists():
 
     command = typer.main.get_command(app)
     known = {name for sub in command.commands.values() for parameter in sub.params for name in parameter.opts}
-    for page in ("README.md", "docs/merging.md", "docs/combining.md"):
+    for page in ("README.md", "docs/merging.md", "docs/combining.md", "docs/quantisation.md"):
         named = set(re.findall(r"`[^`\n]*?(--[a-z][a-z-]+)", (ROOT / page).read_text(encoding="utf-8")))
         assert named <= known | {"--help"}, page

@@ -12,20 +12,21 @@ from peftarray.cli.combine import combine
 from peftarray.cli.demo import demo
 from peftarray.cli.inspect import inspect
 from peftarray.cli.merge import merge
+from peftarray.cli.quantize import quantize
 from peftarray.cli.verify import verify
 
 __all__ = ["app", "main", "run"]
 
 app = typer.Typer(
     name="peftarray",
-    help="Merge, combine, verify and inspect adapter weights, without torch.",
+    help="Merge, combine, quantise, verify and inspect adapter weights, without torch.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (merge, combine, verify, inspect, demo):
+for _command in (merge, combine, quantize, verify, inspect, demo):
     app.command()(_command)
 
 
@@ -43,7 +44,7 @@ def _options(
         False, "--version", help="Print the version and exit.", callback=_version, is_eager=True
     ),
 ) -> None:
-    """Merge, combine, verify and inspect adapter weights, without torch."""
+    """Merge, combine, quantise, verify and inspect adapter weights, without torch."""
 
 
 def main() -> None:

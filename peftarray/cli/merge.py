@@ -36,6 +36,20 @@ def merge(
         float | None,
         typer.Option(metavar="SHARE", help="Exit with 3 if less of the update's energy survives rounding."),
     ] = None,
+    base_as: Annotated[
+        str | None,
+        typer.Option(metavar="WHAT", help="What a quantised base stands for: dequantised, or original=PATH."),
+    ] = None,
+    requantise: Annotated[
+        bool, typer.Option("--requantise", help="Quantise again what is quantised in the base; see --base-as.")
+    ] = False,
+    keep_touched_in: Annotated[
+        str | None,
+        typer.Option(metavar="DTYPE", help="Write quantised weights that change in this dtype; keep the others."),
+    ] = None,
+    allow_lost_updates: Annotated[
+        bool, typer.Option("--allow-lost-updates", help="Requantise even where less than half of an update is held.")
+    ] = False,
     max_shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Split the result anew, such as 5GB; default: the base's files.")
     ] = None,
@@ -54,17 +68,9 @@ def merge(
     from peftarray.cli.progress import byte_progress
     from peftarray.cli.render import report_text
     from peftarray.merging import merge as run
-    from peftarray.stores.checkpoint import Checkpoint
 
     scales = scale or [1.0]
-    size = 0
-
-    def total() -> int:
-        nonlocal size
-        size = size or sum(file.size for file in Checkpoint.open(base).shards.values())
-        return size
-
-    with byte_progress("merging", total) as progress:
+    with byte_progress("merging") as progress:
         report = run(
             base,
             adapters,
@@ -79,6 +85,11 @@ def merge(
             fail_if_retained_below=fail_if_retained_below,
             allow_unmatched=allow_unmatched,
             max_shard_size=max_shard_size,
-            progress=progress,
+            base_as=base_as,
+            requantise=requantise,
+            keep_touched_in=keep_touched_in,
+            allow_lost_updates=allow_lost_updates,
+            planned=progress.planned,
+            progress=progress.advance,
         )
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report_text(report, every_tensor=tensors))

@@ -13,38 +13,58 @@ __all__ = ["byte_progress"]
 _SECONDS = 10.0
 
 
-@contextmanager
-def byte_progress(title: str, total: Callable[[], int]) -> Iterator[Callable[[int, str], None]]:
-    """A function to call with (bytes done, name); `total()` is asked at the first call."""
-    if sys.stderr.isatty():
-        with _bar(title, total) as advance:
-            yield advance
-        return
-    started = last = time.monotonic()
-    done = 0
-    lock = threading.Lock()
+class ByteProgress:
+    """What a command tells about its work: bytes done, of how many.
 
-    def advance_lines(count: int, name: str) -> None:
-        nonlocal done, last
-        with lock:
-            done += count
+    Attributes:
+        total: bytes in all, once they are known.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.total = 0
+        self._started = self._last = time.monotonic()
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def planned(self, total: int) -> None:
+        """Take note of how many bytes there are in all."""
+        self.total = total
+
+    def advance(self, count: int, name: str) -> None:
+        """Print a line now and then."""
+        with self._lock:
+            self._done += count
             now = time.monotonic()
-            if now - last < _SECONDS:
+            if now - self._last < _SECONDS:
                 return
-            last = now
-            rate = done / (now - started)
-            left = (total() - done) / rate if rate else 0
+            self._last = now
+            rate = self._done / (now - self._started)
+            left = max(0, self.total - self._done) / rate if rate else 0
             line = (
-                f"{title}: {done / 1e9:.1f} of {total() / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s, {left:.0f} s left "
-                f"({name})"
+                f"{self.title}: {self._done / 1e9:.1f} of {self.total / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s, "
+                f"{left:.0f} s left ({name})"
             )
             print(line, file=sys.stderr, flush=True)
 
-    yield advance_lines
+
+class _Bar(ByteProgress):
+    """The same as a bar on a terminal."""
+
+    def __init__(self, title: str, update: Callable[[int, int, str], None]) -> None:
+        super().__init__(title)
+        self._update = update
+
+    def advance(self, count: int, name: str) -> None:
+        self._update(count, self.total, f"{self.title} {name[-40:]:<40}")
 
 
 @contextmanager
-def _bar(title: str, total: Callable[[], int]) -> Iterator[Callable[[int, str], None]]:
+def byte_progress(title: str) -> Iterator[ByteProgress]:
+    """What a command calls as it works; a bar that goes away in the end, where there is a terminal."""
+    if not sys.stderr.isatty():
+        yield ByteProgress(title)
+        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -58,7 +78,7 @@ def _bar(title: str, total: Callable[[], int]) -> Iterator[Callable[[int, str], 
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=None)
 
-        def advance(count: int, name: str) -> None:
-            progress.update(task, advance=count, total=total(), description=f"{title} {name[-40:]:<40}")
+        def update(count: int, total: int, description: str) -> None:
+            progress.update(task, advance=count, total=total, description=description)
 
-        yield advance
+        yield _Bar(title, update)

@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from peftarray.combining import CombineReport
     from peftarray.inspection import Inspection
     from peftarray.merging import MergeReport, Verification
+    from peftarray.merging.quantisation_report import QuantisationReport
 
-__all__ = ["combination_text", "inspection_text", "report_text", "verification_text"]
+__all__ = ["combination_text", "inspection_text", "quantisation_text", "report_text", "verification_text"]
 
 _WORST = 5
 
@@ -68,6 +69,29 @@ def combination_text(report: CombineReport) -> str:
     return "\n".join(lines)
 
 
+def quantisation_text(report: QuantisationReport, *, every_tensor: bool = False) -> str:
+    """What quantising a checkpoint did, as lines."""
+    count = len(report.tensors)
+    if report.dry_run:
+        return (
+            f"would quantise {count} weights with {report.codec} ({report.layout}) and copy {report.copied} tensors\n"
+            f"would write {_size(report.nbytes)}, {_size(report.nbytes_before)} before, to {report.out}, holding at "
+            f"most {_size(report.memory)} of weights at once"
+        )
+    lines = [f"quantised {count} weights with {report.codec} ({report.layout}); {report.copied} copied unchanged"]
+    if every_tensor:
+        lines.append(f"{'error':>9} {'bits':>6}  tensor")
+        lines += [f"{tensor.error or 0:9.3g} {tensor.bits:6.2f}  {tensor.name}" for tensor in report.tensors]
+    if report.worst is not None:
+        lines.append(f"  largest error          {report.worst.error:.3g} of its norm, of {report.worst.name}")
+    again = f" ({report.resumed} shards from an earlier run)" if report.resumed else ""
+    lines.append(
+        f"wrote {_size(report.nbytes)}, {_size(report.nbytes_before)} before, to {report.out} in "
+        f"{report.seconds:.2f} s{again}"
+    )
+    return "\n".join(lines)
+
+
 def _figures(report: MergeReport) -> list[str]:
     total = report.total
     dtypes = ", ".join(sorted({tensor.dtype for tensor in report.tensors}))
@@ -84,10 +108,19 @@ def _figures(report: MergeReport) -> list[str]:
             f"  update is zero         in {len(report.empty)} of {len(report.tensors)} tensors: "
             "the adapter changes nothing there"
         )
+    if report.mismatched:
+        worst = report.mismatched[0]
+        lines.append(
+            f"  OTHER BASE             in {len(report.mismatched)} of {len(report.tensors)} tensors the original is "
+            f"farther from the quantised base than the update is large, {worst.mismatch:.3g} times in {worst.name}; an "
+            "adapter that was trained on the quantised base may want --base-as dequantised"
+        )
     if report.flagged:
+        floats = all("float" in tensor.dtype for tensor in report.flagged)
+        remedy = "--dtype float32" if floats else "--keep-touched-in bfloat16, in place of --requantise,"
         lines.append(
             f"  LOST IN ROUNDING       {len(report.flagged)} tensors hold less than 90% of their update; "
-            "--dtype float32 keeps it:"
+            f"{remedy} keeps it:"
         )
         for tensor in report.flagged[:_WORST]:
             lines.append(
@@ -98,11 +131,14 @@ def _figures(report: MergeReport) -> list[str]:
 
 
 def _table(report: MergeReport) -> list[str]:
-    head = f"{'update':>9} {'error':>9} {'held':>7} {'cosine':>7} {'same':>6}  tensor"
-    rows = [
-        f"{t.update:9.3g} {t.error:9.3g} {100 * t.retained:6.2f}% {t.cosine:7.4f} {100 * t.unchanged:5.1f}%  {t.name}"
-        for t in report.tensors
-    ]
+    bases = any(t.base_error is not None for t in report.tensors)
+    more = f" {'base':>9}" if bases else ""
+    head = f"{'update':>9} {'error':>9} {'held':>7} {'cosine':>7} {'same':>6}{more}  tensor"
+    rows = []
+    for t in report.tensors:
+        base = f" {t.base_error or 0:9.3g}" if bases else ""
+        figures = f"{t.update:9.3g} {t.error:9.3g} {100 * t.retained:6.2f}% {t.cosine:7.4f} {100 * t.unchanged:5.1f}%"
+        rows.append(f"{figures}{base}  {t.name}")
     return [head, *rows, ""]
 
 

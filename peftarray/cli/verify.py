@@ -21,6 +21,7 @@ def verify(
     scale: Annotated[list[float] | None, typer.Option(help="As it was given to merge.")] = None,
     rows: Annotated[int | None, typer.Option(help="Look at so many rows of each tensor; default: all.")] = None,
     allow_unmatched: Annotated[bool, typer.Option("--allow-unmatched", help="As it was given to merge.")] = False,
+    base_as: Annotated[str | None, typer.Option(metavar="WHAT", help="As it was given to merge.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
     """Recompute a merged checkpoint in float64 and compare. Exits with 3 if it does not hold up."""
@@ -35,6 +36,7 @@ def verify(
         scale=scales[0] if len(scales) == 1 else scales,
         rows=rows,
         allow_unmatched=allow_unmatched,
+        base_as=base_as,
     )
     typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else verification_text(found))
     if not found.passed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
@@ -10,9 +11,13 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from peftarray.dtypes import decode, dtype_name, encode
+from peftarray.merging.contributions import Segment
+from peftarray.merging.encoded import Encoded
+from peftarray.merging.encoding import write_encoded
 from peftarray.merging.journal import Journal
+from peftarray.merging.origin import StoredOrigin
 from peftarray.merging.placement import HOST, Placement
-from peftarray.merging.plan import Output, Plan, Segment, Shard
+from peftarray.merging.plan import Output, Plan, Shard
 from peftarray.merging.report import Sums, TensorReport, sums_from_dict, sums_to_dict
 from peftarray.merging.shard_file import ShardFile
 from peftarray.merging.tile import Scratch, SegmentMerger, can_tile
@@ -184,36 +189,44 @@ def _is_finished(shard: Shard, journal: Journal) -> bool:
 
 def _finish(shard: Shard, target: ShardFile, journal: Journal) -> None:
     target.sync()
-    codes = {output.name: output.code for output in shard.outputs}
-    order = [output.name for output in shard.outputs if output.name in target.reports]
+    codes = {item.name: item.weight.codec.kind if isinstance(item, Encoded) else item.info.code for item in shard.items}
+    order = [item.name for item in shard.items if item.name in target.reports]
     found = {name: {"dtype": codes[name], "sums": sums_to_dict(target.reports[name])} for name in order}
     journal.record(shard.name, found)
 
 
 def _tasks(shard: Shard, target: ShardFile, progress: Progress, place: Placement) -> Iterator[_Task]:
     run: list[Output] = []
-    for output in shard.outputs:
-        if output.is_copy and (not run or _adjoins(run[-1], output)):
-            run.append(output)
+    for item in shard.items:
+        if isinstance(item, Output) and item.is_copy and (not run or _adjoins(run[-1], item)):
+            run.append(item)
             continue
         yield from _copies(run, target, progress)
         run = []
-        if output.is_copy:
-            run = [output]
+        if isinstance(item, Encoded):
+            yield _encodes(item, target, progress, place)
+        elif item.is_copy:
+            run = [item]
         else:
-            yield from _merges(output, target, progress, place)
+            yield from _merges(item, target, progress, place)
     yield from _copies(run, target, progress)
 
 
+def _copied_from(output: Output) -> StoredOrigin:
+    assert isinstance(output.origin, StoredOrigin)  # it `is_copy`
+    return output.origin
+
+
 def _adjoins(before: Output, after: Output) -> bool:
-    return before.source is after.source and before.info.end == after.info.begin and before.end == after.begin
+    first, second = _copied_from(before), _copied_from(after)
+    return first.file is second.file and first.info.end == second.info.begin and before.info.end == after.info.begin
 
 
 def _copies(run: list[Output], target: ShardFile, progress: Progress) -> Iterator[_Task]:
     if not run:
         return
-    source, begin, end = run[0].source, run[0].info.begin, run[-1].info.end
-    shift = run[0].begin - begin
+    source, begin, end = _copied_from(run[0]).file, _copied_from(run[0]).info.begin, _copied_from(run[-1]).info.end
+    shift = run[0].info.begin - begin
     for start in range(begin, end, _COPY):
         stop = min(start + _COPY, end)
 
@@ -222,6 +235,16 @@ def _copies(run: list[Output], target: ShardFile, progress: Progress) -> Iterato
             progress(stop - start, run[0].name)
 
         yield task
+
+
+def _encodes(encoded: Encoded, target: ShardFile, progress: Progress, place: Placement) -> _Task:
+    def task(scratch: Scratch) -> None:
+        sums = write_encoded(encoded, target, scratch, place)
+        with target.lock:
+            target.reports[encoded.name] = sums
+        progress(encoded.nbytes, encoded.name)
+
+    return task
 
 
 def _merges(output: Output, target: ShardFile, progress: Progress, place: Placement) -> Iterator[_Task]:
@@ -233,8 +256,11 @@ def _merges(output: Output, target: ShardFile, progress: Progress, place: Placem
         rows_done = segment.end
         whole = not can_tile(segment)
         merger = SegmentMerger(output, segment, place) if segment.contributions else None
-        step = _tile_rows(output, merger, whole, segment)
-        rows = max(step, _TASK // max(1, output.columns * output.dtype.bits // 8) // step * step)
+        grain = merger.row_step() if merger is not None and not whole else 1
+        step = max(1, segment.end - segment.begin) if whole else _rows_in(_TILE, output.columns, grain)
+        # What is decoded as one block is not decoded by two tasks.
+        block = math.lcm(grain, output.origin.row_step(output.columns))
+        rows = _rows_in(_TASK, output.columns * output.dtype.bits // 8, block)
         for begin in range(segment.begin, segment.end, segment.end - segment.begin if whole else rows):
             end = segment.end if whole else min(begin + rows, segment.end)
 
@@ -253,15 +279,13 @@ def _merges(output: Output, target: ShardFile, progress: Progress, place: Placem
 
 
 def _rows(output: Output) -> int:
-    count = output.nbytes * 8 // output.dtype.bits
+    count = output.info.nbytes * 8 // output.dtype.bits
     return count // output.columns if output.columns else 0
 
 
-def _tile_rows(output: Output, merger: SegmentMerger | None, whole: bool, segment: Segment) -> int:
-    if whole:
-        return max(1, segment.end - segment.begin)
-    step = merger.row_step() if merger is not None else 1
-    return max(1, _TILE // max(1, output.columns) // step) * step
+def _rows_in(size: int, width: int, step: int) -> int:
+    """Rows of this width that are of this size together, in whole steps of rows and at least one."""
+    return max(1, size // max(1, width) // step) * step
 
 
 def _merge_rows(
@@ -275,21 +299,20 @@ def _merge_rows(
 ) -> None:
     total = Sums()
     width = output.columns * output.dtype.bits // 8
-    source, short = output.info.dtype.numpy, output.dtype.numpy
-    assert source is not None  # `TensorInfo.dtype` raises for dtypes without one
+    short = output.dtype.numpy
     assert short is not None
-    at = output.info.begin + begin * output.columns * source.itemsize
-    with output.source.window(at, (end - begin, output.columns), source) as rows:
-        for first in range(0, end - begin, step):
-            stored = rows[first : first + step]
+    with output.origin.rows(begin, end, output.columns) as take:
+        for first in range(begin, end, step):
+            stored = take(first, min(first + step, end))
             rounded = scratch.array("rounded", stored.shape, short)
             if merger is None:
                 _convert(output, stored, rounded, scratch)
             else:
-                total.add(merger.merge(stored, begin + first, rounded, scratch))
-            target.write(rounded.reshape(-1).view("u1").data, output.begin + (begin + first) * width)
+                total.add(merger.merge(stored, first, rounded, scratch))
+            target.write(rounded.reshape(-1).view("u1").data, output.info.begin + first * width)
             del stored
-    target.begin_writing_back(output.begin + begin * width, (end - begin) * width)
+        del take
+    target.begin_writing_back(output.info.begin + begin * width, (end - begin) * width)
     if merger is not None and merger.segment.contributions:
         with target.lock:
             target.reports.setdefault(output.name, Sums()).add(total)
@@ -297,20 +320,28 @@ def _merge_rows(
 
 def _convert(output: Output, stored: np.ndarray, rounded: np.ndarray, scratch: Scratch) -> None:
     """Rows whose values stay: copied, or rounded to another dtype."""
-    source = output.info.dtype
-    if source.code == output.code:
+    source = output.origin.dtype
+    if source == output.dtype:
         rounded[...] = stored
-        return
-    encode(decode(stored, source, scratch.array("base", stored.shape, source.compute)), output.dtype, rounded)
+    elif source.numpy == source.compute:
+        encode(stored, output.dtype, rounded)
+    else:
+        encode(decode(stored, source, scratch.array("base", stored.shape, source.compute)), output.dtype, rounded)
 
 
 def planned_memory(plan: Plan, threads: int) -> int:
-    """Bytes that the work holds at once, at most: tiles of every thread, or the largest tensor that cannot be cut."""
+    """Bytes that the work holds at once, at most: tiles of every thread, or the largest weight that cannot be cut."""
     tiles = threads * _TILE * (4 * 4 + 2 * 2)
     largest = 0
+    for encoded in plan.encoded:
+        # The weight, its codes twice while they are joined, and what a tile needs.
+        largest = max(largest, 4 * encoded.entries + 2 * encoded.nbytes + tiles // threads)
     for output in plan.outputs:
-        for segment in output.segments:
-            entries = (segment.end - segment.begin) * output.columns
+        decoded = min(output.origin.row_step(output.columns) * output.columns, math.prod(output.origin.shape))
+        largest = max(largest, decoded * 8 if decoded > _TILE else 0)
+    for item in (item for shard in plan.shards for item in shard.items):
+        for segment in item.segments:
+            entries = (segment.end - segment.begin) * item.columns
             if not can_tile(segment):
                 largest = max(largest, entries * 20)
             params = sum(

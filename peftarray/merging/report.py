@@ -17,9 +17,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-__all__ = ["MergeReport", "Sums", "TensorReport"]
+__all__ = ["LEAST_KEPT", "MergeReport", "Sums", "TensorReport"]
 
 _HELD = 0.9
+LEAST_KEPT = 0.5
+"""The share of a weight's update below which requantising has erased it."""
 
 
 @dataclass
@@ -71,6 +73,10 @@ class Sums:
         return math.sqrt(self.update / self.base) if self.base else (math.inf if self.update else 0.0)
 
     @property
+    def base_relative_error(self) -> float:
+        return math.sqrt(self.rounding / self.base) if self.base else 0.0
+
+    @property
     def error(self) -> float:
         return math.sqrt(self.rounding / self.wanted) if self.wanted else 0.0
 
@@ -97,6 +103,13 @@ class TensorReport:
     name: str
     dtype: str
     sums: Sums
+    base_error: float | None = None
+    """|W - W_q| / |W| of an original base and what was quantised from it; None where none was given."""
+
+    @property
+    def mismatch(self) -> float | None:
+        """|W - W_q| / |D|: above 1 the two bases differ by more than what the adapter learnt on one of them."""
+        return None if self.base_error is None or not self.update else self.base_error / self.update
 
     @property
     def update(self) -> float:
@@ -120,7 +133,7 @@ class TensorReport:
 
     @property
     def unchanged(self) -> float:
-        """The share of entries whose stored bits are the base's."""
+        """The share of entries whose stored bits, or codes, are the base's."""
         return self.sums.unchanged_share
 
     @property
@@ -129,7 +142,10 @@ class TensorReport:
         return self.sums.nonfinite
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "dtype": self.dtype} | _figures(self.sums)
+        found = {"name": self.name, "dtype": self.dtype} | _figures(self.sums)
+        if self.base_error is None:
+            return found
+        return found | {"base_error": self.base_error, "mismatch": self.mismatch}
 
 
 @dataclass(frozen=True)
@@ -177,6 +193,12 @@ class MergeReport:
     def flagged(self) -> tuple[TensorReport, ...]:
         """Tensors whose dtype holds less than nine tenths of the update, the worst first."""
         return tuple(sorted((t for t in self.tensors if t.retained < _HELD), key=lambda t: t.retained))
+
+    @property
+    def mismatched(self) -> tuple[TensorReport, ...]:
+        """Tensors whose original differs from the quantised base by more than the update, the worst first."""
+        far = [tensor for tensor in self.tensors if (tensor.mismatch or 0) > 1]
+        return tuple(sorted(far, key=lambda tensor: -(tensor.mismatch or 0)))
 
     @property
     def empty(self) -> tuple[TensorReport, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def write_side_files(plan: Plan, folder: Path) -> list[str]:
     """Put them into `folder`, durably; returns facts for the report."""
     notes = []
     adapters = [adapter for adapter, _ in plan.adapters]
-    files = _files(plan.base.path)
+    files = _files(plan.base.files.path)
     for name, source in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         _copy(source, folder / name)
@@ -45,8 +45,8 @@ def write_side_files(plan: Plan, folder: Path) -> list[str]:
             _copy(found[0], folder / name)
             notes.append(f"{name} comes from the adapter")
     if "config.json" in files:
-        changed = _mended(read_json(files["config.json"]), adapters, plan.dtype)
-        if changed is not None:
+        changed = _mended(plan.config, adapters, plan.form.dtype)
+        if changed != read_json(files["config.json"]):
             write_durably(folder / "config.json", (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode())
     if plan.index is not None:
         write_durably(folder / plan.index_name, (json.dumps(plan.index, indent=2) + "\n").encode())
@@ -78,16 +78,14 @@ def _copy(source: Path, target: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _mended(config: dict[str, Any], adapters: Sequence[Adapters], dtype: StorageDType | None) -> dict[str, Any] | None:
-    """The configuration with what the merge changed, None where nothing did."""
+def _mended(config: Mapping[str, Any], adapters: Sequence[Adapters], dtype: StorageDType | None) -> dict[str, Any]:
+    """The configuration with what the merge changed."""
     changes = {name: value for adapter in adapters for name, value in adapter.config_changes.items()}
     if dtype is not None and dtype.code in _NAMES:
         for name in ("torch_dtype", "dtype"):
             if name in config:
                 changes[name] = _NAMES[dtype.code]
-    if all(config.get(name) == value for name, value in changes.items()):
-        return None
-    mended = config | changes
+    mended = dict(config) | changes
     for name, inner in config.items():
         if isinstance(inner, dict) and name in ("text_config", "llm_config"):
             mended[name] = inner | {key: value for key, value in changes.items() if key in inner}

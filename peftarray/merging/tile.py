@@ -6,18 +6,20 @@ import math
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
 from peftarray.arrays import Params
-from peftarray.dtypes import decode, encode
+from peftarray.dtypes import StorageDType, decode, encode
 from peftarray.errors import NumberError
 from peftarray.formats.adapters import Ref, Site
+from peftarray.merging.contributions import Contribution, Part, Segment
+from peftarray.merging.origin import Origin
 from peftarray.merging.placement import Placement
-from peftarray.merging.plan import Contribution, Output, Part, Segment
 from peftarray.merging.report import Sums
 
-__all__ = ["Scratch", "SegmentMerger", "can_tile"]
+__all__ = ["Changed", "Scratch", "SegmentMerger", "can_tile"]
 
 
 # Dtypes with float32's range at least: what is finite before rounding is so afterwards, or its square is not.
@@ -52,6 +54,25 @@ def can_tile(segment: Segment) -> bool:
     return all(part.site.row_axis in part.site.method.tiles.split() for part in parts)
 
 
+class Changed(Protocol):
+    """A tensor of the result that adapters change."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def origin(self) -> Origin:
+        """What it starts as."""
+
+    @property
+    def dtype(self) -> StorageDType:
+        """What the merged numbers are rounded to."""
+
+    @property
+    def columns(self) -> int:
+        """Of the matrix that it is seen as."""
+
+
 class SegmentMerger:
     """Merges rows of one segment. Threads may share it: preparing is done once, by the first that comes.
 
@@ -61,11 +82,11 @@ class SegmentMerger:
         place: where the methods' arrays lie, and updates are computed.
     """
 
-    def __init__(self, output: Output, segment: Segment, place: Placement) -> None:
+    def __init__(self, output: Changed, segment: Segment, place: Placement) -> None:
         self.output = output
         self.segment = segment
         self.place = place
-        self.source = output.info.dtype
+        self.source = output.origin.dtype
         self.target = output.dtype
         self.compute = np.dtype(np.float64) if "F64" in (self.source.code, self.target.code) else np.dtype(np.float32)
         self._lock = threading.Lock()
@@ -95,8 +116,7 @@ class SegmentMerger:
     def _whole(self, site: Site) -> np.ndarray:
         """The base weight of a site, from the rows of this tensor (a site that spans several is read by none yet)."""
         rows, columns = site.stored_matrix
-        stored = np.empty((rows, columns), self.source.numpy)
-        self.read(stored, self.segment.begin)
+        stored = self.output.origin.read(self.segment.begin, self.segment.begin + rows, columns)
         matrix = decode(stored, self.source).astype(self.compute, copy=False)
         return matrix.T if site.layer.transposed else matrix
 
@@ -114,24 +134,22 @@ class SegmentMerger:
             rounded: where the result goes, in the output's dtype.
             scratch: of the calling thread.
         """
-        base = decode(stored, self.source, scratch.array("base", stored.shape, self.compute))
+        # What is a number already is read where it lies, and not written to.
+        own = stored.dtype != self.compute
+        base = decode(stored, self.source, scratch.array("base", stored.shape, self.compute)) if own else stored
         flat = base.reshape(-1)
         sums = Sums(count=base.size, base=float(np.dot(flat, flat)))
         value, delta = self._effective(base, begin, begin + len(base))
         sums.update = float(np.dot(delta.reshape(-1), delta.reshape(-1)))
         if value is None:
             # A short dtype's rounding dwarfs float32's, so the sum may stand in for what was wanted.
-            value = np.add(base, delta, out=base if self.target.bits < 32 else None)
+            short = self.target.bits < 32
+            value = np.add(base, delta, out=base if short and own else None)
         encode(value, self.target, rounded)
         if not math.isfinite(sums.base + sums.update) or self.target.code not in _WIDE:
             self._check_finite(sums, stored, delta, rounded)
         self._measure(sums, stored, base, value, delta, rounded)
         return sums
-
-    def read(self, stored: np.ndarray, begin: int) -> None:
-        """Fill `stored` with the rows from `begin` on."""
-        offset = self.output.info.begin + begin * stored.shape[1] * stored.dtype.itemsize
-        self.output.source.read_into(stored, offset)
 
     def _effective(self, base: np.ndarray, begin: int, end: int) -> tuple[np.ndarray | None, np.ndarray]:
         """W + sum c (F(W) - W) where it is known better than as the sum of W and the update, and the update."""
@@ -230,7 +248,7 @@ class SegmentMerger:
         new = bad & np.isfinite(base)
         if new.any():
             message = (
-                f"{self.output.name}: {int(new.sum())} entries overflow {self.output.code} (the largest is "
+                f"{self.output.name}: {int(new.sum())} entries overflow {self.target.code} (the largest is "
                 f"{float(np.abs(base + delta)[new].max()):.3g}); write a wider dtype (--dtype bfloat16 or float32), or "
                 "lower the scale"
             )

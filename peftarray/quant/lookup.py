@@ -50,7 +50,9 @@ class ByteTable:
     def expand_into(self, codes: np.ndarray, out: np.ndarray) -> None:
         """The same for NumPy, in place; `out` may end within the last byte. Two bytes are one step."""
         codes = np.ascontiguousarray(codes)
-        even = out.size // (2 * self.width) * 2 if _is_little(codes) else 0
+        if codes.ctypes.data % 2:  # as in a file whose header ends anywhere; a copy is the smaller evil
+            codes = codes.copy()
+        even = out.size // (2 * self.width) * 2 if sys.byteorder == "little" else 0
         if even:
             wide = self._wide
             # "clip" spares the check of the indices, none of which can be out of bounds.
@@ -65,11 +67,6 @@ class ByteTable:
         pairs = np.arange(1 << 16)
         both = np.concatenate([self.values[pairs & 255], self.values[pairs >> 8]], axis=1)
         return both.view(_WIDE[both.shape[1]])[:, 0]
-
-
-def _is_little(codes: np.ndarray) -> bool:
-    """Whether two bytes at a time read as a number whose low half is the first."""
-    return sys.byteorder == "little" and codes.ctypes.data % 2 == 0
 
 
 def count_above(values: Array, thresholds: np.ndarray) -> Array:

@@ -85,10 +85,18 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return cls(path, {chosen.name: SafetensorsFile(chosen)}, None)
 
     @classmethod
-    def described(cls, tensors: Iterable[TensorInfo], what: str) -> Checkpoint:
-        """A checkpoint that no file holds: names, dtypes and shapes, which messages call `what`, and no values."""
+    def described(cls, tensors: Iterable[TensorInfo], what: str, config: Mapping[str, Any] | None = None) -> Checkpoint:
+        """A checkpoint that no file holds: names, dtypes and shapes, which messages call `what`, and no values.
+
+        Args:
+            tensors: the headers.
+            what: its name.
+            config: what its `config.json` would say; None for what is found at `what`.
+        """
         known = cls(Path(what), {}, None)
         known._where = {info.name: ("", info) for info in tensors}
+        if config is not None:
+            known.config = dict(config)
         return known
 
     @cached_property

@@ -195,10 +195,17 @@ class SafetensorsFile:
             raise FormatError(message) from None
 
     @contextmanager
-    def window(self, begin: int, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
+    def window(
+        self, begin: int, shape: tuple[int, ...], dtype: np.dtype, *, whole: bool = True
+    ) -> Iterator[np.ndarray]:
         """The bytes from `begin` on as a read-only array, without a copy; it must not be used after the block.
 
         A few megabytes at a time are mapped, so that the process does not seem to hold the whole file.
+
+        Args:
+            begin: the first byte.
+            shape, dtype: what the bytes are.
+            whole: whether all of it will be looked at, so that the kernel may fetch it at once.
 
         Raises:
             FormatError: the file has become shorter than its header says.
@@ -208,7 +215,8 @@ class SafetensorsFile:
             message = f"{self.path} was truncated while it was read; it ended before byte {begin + count}"
             raise FormatError(message)
         shift = begin % mmap.ALLOCATIONGRANULARITY
-        pages = self._map(begin - shift, count + shift) if count and not begin % dtype.itemsize else None
+        aligned = count and not begin % dtype.itemsize
+        pages = self._map(begin - shift, count + shift, whole=whole) if aligned else None
         if pages is None:
             array = np.empty(shape, dtype)
             self.read_into(array, begin)
@@ -223,8 +231,8 @@ class SafetensorsFile:
             with suppress(BufferError):
                 pages.close()
 
-    def _map(self, begin: int, count: int) -> mmap.mmap | None:
-        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+    def _map(self, begin: int, count: int, *, whole: bool) -> mmap.mmap | None:
+        flags = mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if whole else 0)
         try:
             return mmap.mmap(self._descriptor, count, flags, mmap.PROT_READ, offset=begin)
         except OSError:  # a file system that cannot map

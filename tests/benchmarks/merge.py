@@ -1,6 +1,6 @@
 """Merging a LoRA into a checkpoint: wall time and peak memory, contender beside contender.
 
-    python tests/benchmarks/merge.py --size 0.4 1.7 --peft --mergekit OTHER_VENV/bin/python
+    python tests/benchmarks/merge.py --size 0.4 1.7 --nf4 --peft --mergekit OTHER_VENV/bin/python
     python tests/benchmarks/merge.py --smollm FOLDER --peft
 
 The base is a Llama-shaped bfloat16 checkpoint of random weights (or a real one, `--smollm`), the adapter a LoRA of
@@ -92,12 +92,14 @@ class Contender(NamedTuple):
         command: what is timed.
         rounds: in how many of the rounds it runs.
         warm_up: run once, untimed, to have its libraries in the page cache; none for the copy, which merges nothing.
+        quantised: the base of four bits that it merges into, None for the task's own.
     """
 
     label: str
     command: list[str]
     rounds: int
     warm_up: list[str]
+    quantised: Path | None = None
 
 
 class Run(NamedTuple):
@@ -326,7 +328,7 @@ def measured(contender: Contender, task: Task) -> Run:
     """One run from equal conditions: outputs gone, the disk idle, the inputs in the page cache, free memory at hand."""
     for leftover in (task.out, task.out.with_name(task.out.name + ".partial"), task.cache):
         shutil.rmtree(leftover, ignore_errors=True)
-    read_once(task.base)
+    read_once(contender.quantised or task.base)
     read_once(task.adapter)
     os.sync()
     wake_memory(3 * weight_bytes(task.base) + (1 << 30))
@@ -338,7 +340,7 @@ def measured(contender: Contender, task: Task) -> Run:
     if "complaint" in figures:
         raise SystemExit(f"{contender.label} failed: {figures['complaint']}")
     if contender.warm_up:
-        check_merged(task, contender.label)
+        check_merged(task, contender)
     if weight_bytes(task.out) < 0.99 * weight_bytes(task.base):
         raise SystemExit(f"{contender.label}: the output is smaller than the base.")
     return Run(**figures)
@@ -367,7 +369,7 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def check_merged(task: Task, label: str) -> None:
+def check_merged(task: Task, contender: Contender) -> None:
     """Stops the benchmark unless `W' - W` is the adapter's update on rows of the first and the last layer.
 
     The bound leaves room for one or two roundings to bfloat16; a plain copy would score 1.
@@ -378,10 +380,13 @@ def check_merged(task: Task, label: str) -> None:
     for name in (names[0], names[-1]):
         first, second = (f"base_model.model.{name}.lora_{letter}.weight" for letter in "AB")
         delta = ALPHA / RANK * top_rows(task.adapter, second) @ top_rows(task.adapter, first)
-        change = top_rows(task.out, f"{name}.weight") - top_rows(task.base, f"{name}.weight")
+        before = top_rows(task.base, f"{name}.weight")
+        if contender.quantised:
+            before = dequantised_rows(contender.quantised, f"{name}.weight")
+        change = top_rows(task.out, f"{name}.weight") - before
         miss = np.linalg.norm(change - delta) / np.linalg.norm(delta)
         if not miss < 0.3:
-            raise SystemExit(f"{label}: {name} misses the adapter's update by {miss:.0%}.")
+            raise SystemExit(f"{contender.label}: {name} misses the adapter's update by {miss:.0%}.")
 
 
 def top_rows(folder: Path, name: str, rows: int = 64) -> "np.ndarray":
@@ -402,6 +407,16 @@ def top_rows(folder: Path, name: str, rows: int = 64) -> "np.ndarray":
     raise SystemExit(f"{folder} has no tensor {name}.")
 
 
+def dequantised_rows(folder: Path, name: str, rows: int = 64) -> "np.ndarray":
+    """The first rows of a weight that is quantised, in float32."""
+    from peftarray.quant.layouts import find_quantised
+    from peftarray.stores.checkpoint import Checkpoint
+
+    with Checkpoint.open(folder) as files:
+        weight = find_quantised(files, files.config, files.read_stored)[name]
+        return weight.dequantize(files.read_stored, rows=(0, min(rows, weight.shape[0])))
+
+
 # The comparison.
 
 
@@ -412,6 +427,10 @@ def contenders(task: Task, options: argparse.Namespace) -> list[Contender]:
     ours = [python, "-m", "peftarray"]
     merge = [*ours, "merge", base, adapter, "-o", out, "--json"]
     chosen = [Contender("durable copy", copy, rounds, []), Contender("peftarray", merge, rounds, [*ours, "--help"])]
+    if options.nf4:
+        four = quantised_base(task)
+        merge = [*ours, "merge", str(four), adapter, "-o", out, "--base-as", "dequantised", "--json"]
+        chosen.append(Contender("peftarray, NF4 base", merge, rounds, [*ours, "--help"], four))
     if options.peft:
         imports = PEFT_SCRIPT.partition("base,")[0]
         script = [python, "-c", PEFT_SCRIPT, base, adapter, out]
@@ -423,6 +442,15 @@ def contenders(task: Task, options: argparse.Namespace) -> list[Contender]:
         merge = [*theirs, str(recipe), out, "--lora-merge-cache", str(task.cache)]
         chosen.append(Contender("mergekit", merge, 1, [*theirs, "--help"]))
     return chosen
+
+
+def quantised_base(task: Task) -> Path:
+    """The base in NF4, made by `peftarray quantize`."""
+    folder = task.base.with_name(task.base.name + "-nf4")
+    if not folder.exists():
+        quantize = [sys.executable, "-m", "peftarray", "quantize", str(task.base), "-o", str(folder)]
+        subprocess.run(quantize, stdout=subprocess.DEVNULL, check=True)
+    return folder
 
 
 def compare(task: Task, options: argparse.Namespace) -> dict[str, list[Run]]:
@@ -502,6 +530,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", nargs="+", choices=WIDTHS, help="gigabytes of the random base (1.7)")
     parser.add_argument("--smollm", type=Path, metavar="DIR", help="a real bf16 checkpoint: see smollm2.py")
+    parser.add_argument("--nf4", action="store_true", help="also a merge into the base in NF4, written in bfloat16")
     parser.add_argument("--peft", action="store_true", help="also PEFT's load, merge_and_unload, save_pretrained")
     parser.add_argument("--mergekit", metavar="PYTHON", help="also mergekit, by an interpreter that has it")
     parser.add_argument("--rounds", type=int, default=3, help="turns; PEFT and mergekit take one (3)")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
 from peftarray.errors import FormatError, UnsupportedError
+from peftarray.quant.codec import Codec
 from peftarray.quant.layouts.bitsandbytes import BitsAndBytes
 from peftarray.quant.layouts.compressed_tensors import CompressedTensors
 from peftarray.quant.layouts.four_bit_floats import GptOss, ModelOpt
@@ -16,6 +18,7 @@ from peftarray.quant.layouts.packed import AWQLayout, GPTQLayout, MLXLayout
 
 __all__ = [
     "LAYOUTS",
+    "STATED",
     "Header",
     "Layout",
     "Read",
@@ -23,7 +26,9 @@ __all__ = [
     "WritableLayout",
     "find_quantised",
     "layout",
+    "layout_for",
     "layout_of",
+    "restated",
     "writable_layout",
 ]
 
@@ -40,6 +45,9 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
 
 _SAME = {"fbgemm_fp8": "fp8"}
 """Methods whose tensors are those of another."""
+
+STATED = ("quantization_config", "quantization", "compression_config")
+"""The fields of `config.json` that say how weights are quantised."""
 
 
 def layout(kind: str) -> Layout:
@@ -79,7 +87,7 @@ def layout_of(config: Mapping[str, Any]) -> tuple[Layout, Mapping[str, Any]] | N
     for place in (config, config.get("text_config")):
         if not isinstance(place, Mapping):
             continue
-        for key in ("quantization_config", "quantization", "compression_config"):
+        for key in STATED:
             stated = place.get(key)
             if stated is None:
                 continue
@@ -89,6 +97,33 @@ def layout_of(config: Mapping[str, Any]) -> tuple[Layout, Mapping[str, Any]] | N
             # MLX writes the same under both names, without a method.
             return layout(str(stated.get("quant_method", "mlx"))), stated
     return None
+
+
+def layout_for(codec: Codec) -> WritableLayout:
+    """The first layout that writes weights of a codec.
+
+    Raises:
+        UnsupportedError: none does.
+    """
+    for known in LAYOUTS.values():
+        if isinstance(known, WritableLayout):
+            with suppress(UnsupportedError):
+                known.config(codec, skipped=(), dtype="BF16")
+                return known
+    message = f"no layout of safetensors checkpoints is written for the codec {codec.kind}; choose another"
+    raise UnsupportedError(message)
+
+
+def restated(config: Mapping[str, Any], stated: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A `config.json` that says something else about quantisation wherever it says something; None: nothing."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in STATED:
+            if stated is not None:
+                found[key] = dict(stated)
+        else:
+            found[key] = restated(value, stated) if key == "text_config" and isinstance(value, Mapping) else value
+    return found
 
 
 def find_quantised(tensors: Mapping[str, Header], config: Mapping[str, Any], read: Read) -> dict[str, StoredWeight]:

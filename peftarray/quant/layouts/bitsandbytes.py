@@ -22,6 +22,8 @@ __all__ = ["BitsAndBytes"]
 _STATE = ".quant_state.bitsandbytes__"
 _KINDS: dict[str, type[FourBit]] = {kind.kind: kind for kind in (NormalFloat, FourBitFloat)}
 _MOST = 1 << 16  # bytes of a state
+_LONGEST = 24  # characters of a number in JSON
+_ALIGNED = 8
 _ROWS = 0  # what `weight_format` says of weights that are stored as they are
 
 
@@ -30,6 +32,7 @@ class BitsAndBytes(WritableLayout):
     """`p.weight` in four bits with `p.weight.absmax`, `.quant_map`, `.quant_state...`; or int8 with `p.SCB`."""
 
     kind: ClassVar[str] = "bitsandbytes"
+    skip_list: ClassVar[str | None] = "llm_int8_skip_modules"
 
     def find(self, tensors: Mapping[str, Header], config: Mapping[str, Any], read: Read) -> Iterator[StoredWeight]:
         for name in tensors:
@@ -70,7 +73,10 @@ class BitsAndBytes(WritableLayout):
                 "nested_dtype": "float32",
                 "nested_offset": float(parts["nested_offset"]),
             }
-        found[f"{name}{_STATE}{codec.kind}"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+        # As long for every number, so that a file can be laid out before, and tensors behind it stay aligned.
+        length = len(json.dumps(state | {"nested_offset": None})) + _LONGEST
+        text = json.dumps(state).ljust(-(-length // _ALIGNED) * _ALIGNED)
+        found[f"{name}{_STATE}{codec.kind}"] = np.frombuffer(text.encode(), np.uint8)
         return found
 
     def config(self, codec: Codec, *, skipped: Iterable[str], dtype: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class CompressedTensors(WritableLayout):
     """
 
     kind: ClassVar[str] = "compressed-tensors"
+    skip_list: ClassVar[str | None] = "ignore"
 
     def find(self, tensors: Mapping[str, Header], config: Mapping[str, Any], read: Read) -> Iterator[StoredWeight]:
         yield from find_float8(tensors, block_of(_block(config)))

@@ -24,6 +24,7 @@ class GptOss(WritableLayout):
     """`p_blocks` `(experts, rows, groups, 16)` and `p_scales`, of a parameter `p` that the model holds transposed."""
 
     kind: ClassVar[str] = "mxfp4"
+    skip_list: ClassVar[str | None] = "modules_to_not_convert"
 
     def find(self, tensors: Mapping[str, Header], config: Mapping[str, Any], read: Read) -> Iterator[StoredWeight]:
         for name in modules(tensors, "_blocks"):
@@ -55,6 +56,7 @@ class ModelOpt(Layout):
     """`p.weight` with `p.weight_scale` and, for NVFP4, `p.weight_scale_2`, which is multiplied."""
 
     kind: ClassVar[str] = "modelopt"
+    skip_list: ClassVar[str | None] = "ignore"
 
     def find(self, tensors: Mapping[str, Header], config: Mapping[str, Any], read: Read) -> Iterator[StoredWeight]:
         yield from find_float8(tensors, block_of(config.get("weight_block_size")))

@@ -28,6 +28,7 @@ class FineGrainedFP8(WritableLayout):
     """`p.weight` with `p.weight_scale_inv`, by which it is multiplied: DeepSeek-V3, Qwen3-FP8, transformers' `fp8`."""
 
     kind: ClassVar[str] = "fp8"
+    skip_list: ClassVar[str | None] = "modules_to_not_convert"
 
     def find(self, tensors: Mapping[str, Header], config: Mapping[str, Any], read: Read) -> Iterator[StoredWeight]:
         return find_float8(tensors, block_of(config.get("weight_block_size")))

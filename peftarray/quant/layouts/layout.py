@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, final
 
 import numpy as np
 
@@ -104,6 +104,36 @@ class Layout(abc.ABC):
     kind: ClassVar[str]
     """What `quant_method` says in `config.json`."""
 
+    stated_in: ClassVar[str] = "quantization_config"
+    """The field of `config.json` that says so."""
+
+    skip_list: ClassVar[str | None] = None
+    """The field of `quantization_config` that lists modules which are not quantised; None where it has none."""
+
+    def skipping(self, stated: Mapping[str, Any], modules: Iterable[str], others: Iterable[str]) -> dict[str, Any]:
+        """What `quantization_config` must say once some modules are quantised no more.
+
+        Args:
+            stated: what it says.
+            modules: these modules.
+            others: those that were not quantised before; named where there is no list yet, which stands for them then.
+
+        Raises:
+            UnsupportedError: it has no way to say so.
+        """
+        names = list(modules)
+        if not names:
+            return dict(stated)
+        if self.skip_list is None:
+            message = (
+                f"the quantization_config of {self.kind} cannot say that {names[0]} is not quantised while others are; "
+                "dequantise the whole base instead (--base-as dequantised)"
+            )
+            raise UnsupportedError(message)
+        listed = stated.get(self.skip_list)
+        before = listed if isinstance(listed, list) else list(others)
+        return dict(stated) | {self.skip_list: list(dict.fromkeys([*before, *names]))}
+
     @abc.abstractmethod
     def find(self, tensors: Mapping[str, Header], config: Mapping[str, Any], read: Read) -> Iterable[StoredWeight]:
         """The weights that are stored quantised.
@@ -151,6 +181,22 @@ class WritableLayout(Layout):
         Raises:
             UnsupportedError: this layout has no way to store them.
         """
+
+    @final
+    def zeros(self, name: str, shape: tuple[int, ...], codec: Codec, *, dtype: str) -> dict[str, np.ndarray]:
+        """What `write` gives for a weight of zeros, in next to no memory: names, shapes and dtypes are those of any.
+
+        Raises:
+            ShapeError: no weight of this shape can be stored so.
+            UnsupportedError: this layout has no way to store them.
+        """
+        parts = {}
+        for key, part in codec.parts(shape).items():
+            known = storage_dtype(part.dtype)
+            assert known is not None
+            assert known.numpy is not None
+            parts[key] = np.broadcast_to(np.zeros((), known.numpy), part.shape)
+        return self.write(name, shape, codec, parts, dtype=dtype)
 
     def refuse(self, codec: Codec) -> UnsupportedError:
         """The error for a codec that this layout does not write."""

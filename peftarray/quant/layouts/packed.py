@@ -44,6 +44,7 @@ class AWQLayout(Layout):
     """`p.qweight`, `p.qzeros`, `p.scales`, packed along the rows."""
 
     kind: ClassVar[str] = "awq"
+    skip_list: ClassVar[str | None] = "modules_to_not_convert"
 
     def find(self, tensors: Mapping[str, Header], config: Mapping[str, Any], read: Read) -> Iterator[StoredWeight]:
         version = config.get("version", "gemm")
@@ -67,6 +68,10 @@ class MLXLayout(WritableLayout):
     """`p.weight` of unsigned words with `p.scales` and `p.biases`; `config.json` calls it `quantization`."""
 
     kind: ClassVar[str] = "mlx"
+    stated_in: ClassVar[str] = "quantization"
+
+    def skipping(self, stated: Mapping[str, Any], modules: Iterable[str], others: Iterable[str]) -> dict[str, Any]:
+        return dict(stated) | dict.fromkeys(modules, False)
 
     def find(self, tensors: Mapping[str, Header], config: Mapping[str, Any], read: Read) -> Iterator[StoredWeight]:
         for module in modules(tensors, ".biases"):
