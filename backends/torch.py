@@ -23,6 +23,7 @@ __all__ = [
     "checkpoint",
     "from_host",
     "jit",
+    "linear_map",
     "load_module",
     "random_state",
     "set_random_state",
@@ -89,6 +90,29 @@ def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return run
+
+
+def linear_map(
+    product: Callable[[torch.Tensor], torch.Tensor], transpose: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    """As in `peftarray.backend.Backend`; the compiler decides for itself what it makes again."""
+    if torch.compiler.is_compiling() or not x.requires_grad:
+        return product(x)
+    return _LinearMap.apply(x, product, transpose)
+
+
+class _LinearMap(torch.autograd.Function):
+    @staticmethod
+    def forward(x: torch.Tensor, product: Any, transpose: Any) -> torch.Tensor:
+        return product(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.transpose = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return ctx.transpose(gradient), None, None
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -117,6 +117,14 @@ class AdaptedWeight(StandIn):
         config, layer, trainable, names, drop, flipped = rest
         params = dict(zip(names, arrays[1:], strict=True))
         return cls(Adapter(config, layer, params, trainable), arrays[0], drop, flipped)
+
+    def __tree_items__(self) -> Iterator[tuple[str, Array]]:
+        return ((str(place), array) for place, array in enumerate(self.flatten()[0]))
+
+    def __tree_refill__(self, arrays: Sequence[Any]) -> Self:
+        known = [array for array in arrays if hasattr(array, "dtype")]
+        kind = kind_for(self._abstract, *known) if known else type(self)
+        return kind.unflatten(self.flatten()[1], arrays)
 
     def _forward(self, x: Array) -> Array:
         return self.adapter.forward(x, self.base, drop=self._drop)

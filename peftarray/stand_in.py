@@ -17,7 +17,7 @@ from peftarray.arrays import Array, namespace, register_branch
 from peftarray.errors import UnsupportedError
 from peftarray.routes import Weight, answer
 
-__all__ = ["Namespace", "StandIn", "kind_for"]
+__all__ = ["Namespace", "StandIn", "formed", "kind_for"]
 
 # Methods of arrays that make a new array or number, by which model code treats weights.
 _METHODS = frozenset(
@@ -92,6 +92,14 @@ class StandIn(Weight):
 
     def convolved(self, x: Array, window: tuple[tuple[int, ...], ...], groups: int) -> Array:
         """The convolution of `x` with this kernel and (stride, padding, dilation), or `NotImplemented`."""
+        return NotImplemented
+
+    def row_norms(self) -> Array:
+        """The Euclidean norm of each row, or `NotImplemented`."""
+        return NotImplemented
+
+    def widened(self) -> StandIn:
+        """The same weight, whose dtype is a short one, counting as float32; or `NotImplemented`."""
         return NotImplemented
 
     @abstractmethod
@@ -179,14 +187,6 @@ class StandIn(Weight):
 
     # How the libraries ask.
 
-    def __tree_items__(self) -> Iterator[tuple[str, Array]]:
-        return ((str(place), array) for place, array in enumerate(self.flatten()[0]))
-
-    def __tree_refill__(self, arrays: Sequence[Any]) -> Self:
-        known = [array for array in arrays if hasattr(array, "dtype")]
-        kind = kind_for(self._abstract, *known) if known else type(self)
-        return kind.unflatten(self.flatten()[1], arrays)
-
     def __array_namespace__(self, /, *, api_version: str | None = None) -> Any:
         return self._namespace
 
@@ -229,6 +229,11 @@ def _dense(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_dense, value))
     return {key: _dense(item) for key, item in value.items()} if type(value) is dict else value
+
+
+def formed(weight: Array) -> Array:
+    """The weight itself where this stands in for one, and otherwise the array."""
+    return weight.dense() if isinstance(weight, StandIn) else weight
 
 
 class Namespace:

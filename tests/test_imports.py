@@ -37,6 +37,7 @@ STANDS_ON = {
     "routes": "arrays",
     "stand_in": "routes",
     "widened": "stand_in",
+    "quantised_weight": "autodiff backend quant stand_in",
     "method_dropout": "layers",
     "adapter": "method_dropout widened",
     "adapted_weight": "adapter",

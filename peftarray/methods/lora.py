@@ -19,7 +19,9 @@ from peftarray.layers import Kind, Layer, contract, scale_outputs
 from peftarray.method import LowRank, Param
 from peftarray.method_dropout import Dropout
 from peftarray.random import Draw
+from peftarray.routes import Weight
 from peftarray.settings import Rule, boolean, mapping_of, name_list, number, one_of, optional, refused, setting, whole
+from peftarray.widened import widened
 
 __all__ = ["LoraConfig", "changes_base", "rows_of", "token_indices"]
 
@@ -191,7 +193,8 @@ class LoraConfig(LowRank):
         if self.use_dora and "lora_magnitude_vector" not in p:
             up, down = self.factors({**p, **made}, layer)
             xp = namespace(w)
-            norm = xp.linalg.vector_norm(w + up @ down, axis=1)
+            is_packed = isinstance(w, Weight) and w.is_packed
+            norm = _sum_norms(widened(w), up, down) if is_packed else xp.linalg.vector_norm(w + up @ down, axis=1)
             made["lora_magnitude_vector"] = (
                 xp.reshape(norm, (1, -1, *(1 for _ in layer.kernel))) if layer.kernel else norm
             )
