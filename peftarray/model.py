@@ -27,6 +27,7 @@ from peftarray.method import AdapterConfig
 from peftarray.methods.adalora_budget import pruned_adapters
 from peftarray.prompted import PromptModel, check_words
 from peftarray.prompts import Prompt
+from peftarray.quantised_weight import QuantisedWeight
 from peftarray.sites import (
     TOKENS,
     Site,
@@ -41,6 +42,7 @@ from peftarray.sites import (
     with_heads,
     with_names,
 )
+from peftarray.stand_in import formed
 from peftarray.summary import trainable_summary
 from peftarray.targets import is_saved
 
@@ -172,6 +174,7 @@ class PeftModel:
     def effective_weights(self) -> Any:
         """The weights in the form of the base's, every one an array: for code that an `AdaptedWeight` cannot serve."""
         merged = self._weights(lambda adapter, base: adapter.merge(base))
+        merged = trees.refill(merged, map(formed, trees.leaves(merged)))
         heads = untied_heads(self.base, self.weights)
         return {**merged, **heads} if heads else merged
 
@@ -222,6 +225,8 @@ class PeftModel:
 
         def cast(array: Array) -> Array:
             xp = namespace(array)
+            if isinstance(array, QuantisedWeight):
+                return array.counted_as(getattr(xp, dtype))
             return xp.astype(array, getattr(xp, dtype)) if xp.isdtype(array.dtype, "real floating") else array
 
         tree = weights_of(self.base)

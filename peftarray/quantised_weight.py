@@ -65,7 +65,8 @@ class QuantisedWeight(StandIn):
         self.codec = codec
         self.parts = parts
         self.stored = stored
-        self._dtype = dtype
+        # A dtype as arrays have it: NumPy's and JAX's `float32` is a class.
+        self._dtype = namespace(self._any_part).empty((0,), dtype=dtype).dtype
         self._made_in = made_in
         self._flipped = flipped
         self._count: list[int] = [0] if count is None else count
@@ -143,7 +144,7 @@ class QuantisedWeight(StandIn):
         xp = namespace(self._any_part)
         squares = []
         for begin, end in self._spans():
-            tile = self._rows(begin, end, xp.float32)
+            tile = self._rows(begin, end, self._dtype if _is_wide(self._dtype) else xp.float32)
             squares.append(xp.sum(tile * tile, axis=0 if self._flipped else 1))
         total = sum(squares[1:], squares[0]) if self._flipped else xp.concat(squares)
         return xp.astype(xp.sqrt(total), self._dtype)
@@ -190,7 +191,7 @@ class QuantisedWeight(StandIn):
         """`x @ self` for plain rows `(k, n)`, tile by tile."""
         xp, given = namespace(x), x.dtype
         inner = given if self._made_in is None else self._made_in
-        wide = _is_wide(xp, inner)
+        wide = _is_wide(inner)
         if not wide and not multiplies_short(x):
             inner = xp.float32
         x = x if x.dtype == inner else xp.astype(x, inner)
@@ -238,7 +239,7 @@ def _product(xp: Any, needs: Needs, x: Array, *, weight: QuantisedWeight) -> Res
     return weight.multiplied(x), lambda g: (weight.mT.multiplied(g),)
 
 
-def _is_wide(xp: Any, dtype: Any) -> bool:
+def _is_wide(dtype: Any) -> bool:
     return getattr(dtype, "itemsize", 4) >= 4
 
 
