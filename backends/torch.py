@@ -25,6 +25,7 @@ __all__ = [
     "jit",
     "linear_map",
     "load_module",
+    "quantize_module",
     "random_state",
     "set_random_state",
     "to_host",
@@ -147,6 +148,13 @@ def load_module(module: Any, folder: Any, *, adapter_name: str = "default", is_t
     from peftarray.backends import torch_modules
 
     return torch_modules.load_module(module, folder, adapter_name=adapter_name, is_trainable=is_trainable)
+
+
+def quantize_module(module: Any, choice: Any) -> Any:
+    """`peftarray.quantize` for a `torch.nn.Module`."""
+    from peftarray.backends import torch_quantised
+
+    return torch_quantised.quantize_module(module, choice)
 
 
 def as_trainable(module: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peftarray.backends.torch_quantised import QuantisedLinear
 from torch import nn
 from torch.nn import functional
 
@@ -21,7 +22,9 @@ from peftarray.layers import Kind, Layer, Window
 from peftarray.method import AdapterConfig, Param
 from peftarray.method_dropout import Dropout
 from peftarray.methods import TrainableTokensConfig
-from peftarray.stand_in import kind_for
+from peftarray.quant.int8 import Int8Rows
+from peftarray.quantised_weight import QuantisedWeight, quantised_weight
+from peftarray.stand_in import StandIn, kind_for
 from peftarray.widened import Widened
 
 __all__ = ["AdaptedLayer", "Arrays", "SavedModule", "TiedHead", "TokenRows", "base_weight", "layer_of"]
@@ -57,6 +60,8 @@ def base_weight(module: Any, layer: Layer) -> Array:
         UnsupportedError: the weight is not loaded.
     """
     weight = module.weight
+    if isinstance(weight, StandIn):
+        return weight
     if weight.is_meta:
         message = f"the weight of {layer.name} is on the meta device; load the model's weights first"
         raise UnsupportedError(message)
@@ -161,6 +166,8 @@ class AdaptedLayer(nn.Module):
         """The layer, with the adapter merged into it."""
         if self.active is not None:
             effective = self._effective(self.adapter(self.active))
+            if isinstance(self.base_layer, QuantisedLinear):
+                self.base_layer = self.base_layer.formed()
             for name, array in effective.items():
                 if safe and not bool(torch.isfinite(array).all()):
                     where = self.methods[self.active][1].name
@@ -192,7 +199,8 @@ class AdaptedLayer(nn.Module):
             is_plain = base.padding_mode == "zeros" and not isinstance(base.padding, str)
         else:
             is_plain = not isinstance(base, nn.Embedding) or base.max_norm is None
-        is_plain = is_plain and (type(base).forward in _FORWARDS or _is_conv1d(base))
+        is_own = type(base).forward in _FORWARDS or isinstance(base.weight, StandIn)
+        is_plain = is_plain and (is_own or _is_conv1d(base))
         is_packed = _is_packed(base, layer)
         if method.adds_apart() and (is_plain or is_packed):
             return "apart"
@@ -314,8 +322,10 @@ def _prepare_kinds() -> None:
     """Make the kinds of stand-ins over tensors now: torch's compiler does not trace how a class is made."""
     plain, parameter = torch.zeros(1), nn.Parameter(torch.zeros(1))
     for arrays in ((plain,), (parameter,), (plain, parameter), (parameter, plain)):
-        for kind in (Widened, AdaptedWeight):
+        for kind in (Widened, AdaptedWeight, QuantisedWeight):
             namespace(object.__new__(kind_for(kind, *arrays)))
+    some = torch.zeros((1, 2))
+    quantised_weight(Int8Rows(), Int8Rows().quantize(some), (1, 2)).mT.after(some)
 
 
 def _drop(x: torch.Tensor, share: float) -> torch.Tensor:
@@ -335,6 +345,8 @@ def _is_conv1d(module: Any) -> bool:
 
 def _is_packed(module: Any, layer: Layer) -> bool:
     weight = module.weight
+    if isinstance(weight, StandIn):  # a method may compute with it
+        return False
     return tuple(weight.shape) != layer.stored_shape or not bool(weight.is_floating_point())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from peftarray.arrays import Array, device, multiplies_short, namespace, weight_product
 from peftarray.autodiff.primitive import primitive
 from peftarray.autodiff.rules import Needs, Result
+from peftarray.autodiff.traced import is_traced
 from peftarray.backend import backend_of, load_backend
 from peftarray.quant.codec import Codec, row_size
 from peftarray.stand_in import StandIn, kind_for
@@ -20,6 +21,8 @@ __all__ = ["QuantisedWeight", "quantised_weight"]
 # for libraries that pay for each call what is small beside a model.
 _TILE_ON_HOST = 1 << 18
 _TILE = 1 << 22
+# type of an array -> its library's `linear_map`; a plain dict filled on a miss, which compilers can trace.
+_LINEAR_MAPS: dict[type, Callable[..., Array]] = {}
 
 
 class QuantisedWeight(StandIn):
@@ -118,7 +121,10 @@ class QuantisedWeight(StandIn):
         if self.ndim != 2 or x.ndim == 0:
             return x @ self.dense()
         rows = namespace(x).reshape(x, (-1, x.shape[-1]))
-        y = _product(rows, weight=self)
+        if is_traced(rows):
+            y = _product(rows, weight=self)
+        else:
+            y = _linear_map(rows)(self.multiplied, self.mT.multiplied, rows)
         return namespace(y).reshape(y, (*x.shape[:-1], y.shape[-1]))
 
     def rows(self, indices: Array) -> Array:
@@ -224,19 +230,18 @@ class QuantisedWeight(StandIn):
         return total
 
 
-def _by_backend(x: Array, *, weight: QuantisedWeight) -> Array:
-    """`x @ weight` of rows `(k, n)`; nothing of the weight is kept for the gradient.
-
-    Args:
-        x: the rows.
-        weight: `(n, m)`.
-    """
-    return load_backend(backend_of(x)).linear_map(weight.multiplied, weight.mT.multiplied, x)
-
-
-@primitive(formula=_by_backend)
+@primitive
 def _product(xp: Any, needs: Needs, x: Array, *, weight: QuantisedWeight) -> Result:
+    """`x @ weight` of rows `(k, n)`; nothing of the weight is kept for the gradient."""
     return weight.multiplied(x), lambda g: (weight.mT.multiplied(g),)
+
+
+def _linear_map(x: Array) -> Callable[..., Array]:
+    """What a library has in place of the rule above."""
+    found = _LINEAR_MAPS.get(type(x))
+    if found is None:
+        found = _LINEAR_MAPS[type(x)] = load_backend(backend_of(x)).linear_map
+    return found
 
 
 def _is_wide(dtype: Any) -> bool:
