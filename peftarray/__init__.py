@@ -71,9 +71,9 @@ if TYPE_CHECKING:
     from peftarray.quant import Codec as Codec
     from peftarray.quant import codec as codec
     from peftarray.quant import quantize_array as quantize_array
-    from peftarray.quantised_weight import QuantisedWeight as QuantisedWeight
     from peftarray.quantised_start import loftq as loftq
     from peftarray.quantised_start import merge_zero_points as merge_zero_points
+    from peftarray.quantised_weight import QuantisedWeight as QuantisedWeight
     from peftarray.quantising import quantize as quantize
     from peftarray.training import SGD as SGD
     from peftarray.training import Adafactor as Adafactor

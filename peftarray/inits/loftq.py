@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peftarray.arrays import Array, Params, namespace
+from peftarray.arrays import Array, namespace
 from peftarray.errors import ConfigError, ShapeError
 from peftarray.quant.codec import Codec
 from peftarray.quant.four_bit import NormalFloat
@@ -79,13 +79,9 @@ def loftq_factors(
     up, down = wide, wide
     for _ in range(iterations):
         parts = codec.quantize(rest)
-        up, down = _best(_turned(wide - _decoded(codec, parts, shape), transposed), rank)
+        up, down = _best(_turned(wide - codec.dequantize(parts, shape), transposed), rank)
         rest = wide - _turned(up @ down, transposed)
     return parts, up, down
-
-
-def _decoded(codec: Codec, parts: Params, shape: tuple[int, ...]) -> Array:
-    return codec.dequantize(parts, shape)
 
 
 def _turned(matrix: Array, transposed: bool) -> Array:

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Never
 
 from peftarray import random
-from peftarray.arrays import Array, Params, device, namespace, row_norms, stop_gradient
+from peftarray.arrays import Array, Params, namespace, row_norms, stop_gradient
 from peftarray.errors import ConfigError, UnsupportedError
 from peftarray.layers import Kind, Layer, contract, scale_outputs
 from peftarray.method import LowRank, Param
 from peftarray.method_dropout import Dropout
+from peftarray.methods.lora_blocks import SIDES, block_diagonal, block_side
 from peftarray.random import Draw
 from peftarray.routes import Weight
 from peftarray.settings import Rule, boolean, mapping_of, name_list, number, one_of, optional, refused, setting, whole
@@ -34,15 +35,14 @@ token_indices = Rule(
     lambda value: value is None or _rows.allows(value) or mapping_of(_rows).allows(value),
     "None, a list of token numbers, or a mapping from module names to such lists",
 )
-_SIDES = ("target_modules_bd_a", "target_modules_bd_b")
 _blocks = Rule(
     # A tuple is what `at` makes of it for one module; no file holds one.
     lambda value: (
         value is None
         or isinstance(value, tuple)
-        or (isinstance(value, Mapping) and all(name_list.allows(value.get(side)) for side in _SIDES))
+        or (isinstance(value, Mapping) and all(name_list.allows(value.get(side)) for side in SIDES))
     ),
-    f"None or a mapping with {' and '.join(_SIDES)} (lists of names), nblocks and match_strict",
+    f"None or a mapping with {' and '.join(SIDES)} (lists of names), nblocks and match_strict",
 )
 _init = Rule(
     lambda value: (
@@ -161,7 +161,7 @@ class LoraConfig(LowRank):
         changes: dict[str, Any] = super().resolved(name) | dict.fromkeys(configs)
         changes["kasa_config"] = bool(self.kasa_config) or None
         changes["use_bdlora"] = (
-            _block_side(self.use_bdlora, name) if isinstance(self.use_bdlora, Mapping) else self.use_bdlora
+            block_side(self.use_bdlora, name) if isinstance(self.use_bdlora, Mapping) else self.use_bdlora
         )
         return changes
 
@@ -220,7 +220,7 @@ class LoraConfig(LowRank):
             down, up = xp.reshape(down, (down.shape[0], -1)), xp.reshape(up, (up.shape[0], -1))
         if isinstance(self.use_bdlora, tuple):
             side, blocks = self.use_bdlora
-            down, up = (_block_diagonal(down, blocks), up) if side == "a" else (down, _block_diagonal(up, blocks))
+            down, up = (block_diagonal(down, blocks), up) if side == "a" else (down, block_diagonal(up, blocks))
         up = up * self.scale
         if self.use_qalora:
             # A sees means of groups, times the number of groups (Xu et al., 2023, algorithm 1, as PEFT scales it).
@@ -377,37 +377,6 @@ def _needs_initialiser(seed: int, stream: str, shape: tuple[int, ...]) -> Never:
         "data or the base ('loftq' is what peftarray.loftq makes of the base)"
     )
     raise UnsupportedError(message)
-
-
-def _block_side(config: Mapping[str, Any], name: str) -> tuple[str, int] | None:
-    """Which factor of the module called `name` is block-diagonal, and in how many blocks."""
-    unknown = set(config) - {*_SIDES, "nblocks", "match_strict"}
-    blocks = config.get("nblocks", 1)
-    if unknown or type(blocks) is not int or blocks < 1:
-        message = (
-            f"LoraConfig.use_bdlora is {config!r}; it must hold target_modules_bd_a, target_modules_bd_b, nblocks "
-            "(at least 1) and match_strict"
-        )
-        raise ConfigError(message)
-    sides = [side for side in "ab" if any(part in name for part in config.get(f"target_modules_bd_{side}") or ())]
-    if len(sides) == 2 or (not sides and config.get("match_strict", True)):
-        message = (
-            f"LoraConfig.use_bdlora names {name} for {len(sides)} sides; it must be for one, or match_strict False"
-        )
-        raise ConfigError(message)
-    return (sides[0], blocks) if sides else None
-
-
-def _block_diagonal(stacked: Array, blocks: int) -> Array:
-    """`(rows, n)` as `blocks` groups of rows on the diagonal of `(rows, blocks * n)`."""
-    xp = namespace(stacked)
-    rows, columns = stacked.shape
-    if rows % blocks:
-        message = f"LoraConfig.use_bdlora: {rows} rows cannot be split into {blocks} blocks; nblocks must divide them"
-        raise ConfigError(message)
-    grid = xp.reshape(stacked, (blocks, rows // blocks, 1, columns))
-    eye = xp.reshape(xp.eye(blocks, dtype=stacked.dtype, device=device(stacked)), (blocks, 1, blocks, 1))
-    return xp.reshape(grid * eye, (rows, blocks * columns))
 
 
 def _smallest_triples(w: Array, r: int) -> tuple[Array, Array]:

@@ -138,7 +138,9 @@ def main() -> None:
         found[name] = json.loads(done.stdout)
         print(name, [round(value, 4) for value in found[name]["losses"][::7]], file=sys.stderr)
     for kind in ("LoRA", "NF4", "NF4 + 6 bits"):
-        pair = [found[f"{kind}, {library}"]["losses"] for library in ("NumPy", "torch") if f"{kind}, {library}" in found]
+        pair = [
+            found[f"{kind}, {library}"]["losses"] for library in ("NumPy", "torch") if f"{kind}, {library}" in found
+        ]
         if len(pair) == 2 and not np.allclose(*pair, rtol=2e-3):
             raise SystemExit(f"{kind} has two curves: {pair}")
     show(found, f"{options.folder.name}, {options.steps} steps of {options.batch[0]} x {options.batch[1]}")

@@ -118,7 +118,8 @@ def check_method(case: Case, asarray: Any, to_numpy: Any, monkeypatch: pytest.Mo
 
     def outcome(weight: Any) -> tuple[Any, dict[str, Any]]:
         def loss(values: dict[str, Any]) -> Any:
-            adapter = Adapter(case.method, case.layer, {name: values.get(name, array) for name, array in params.items()})
+            held = {name: values.get(name, array) for name, array in params.items()}
+            adapter = Adapter(case.method, case.layer, held)
             y = adapter.forward(values.get("x", x), weight, bias=bias)
             return namespace(y).sum(y * y)
 

@@ -12,9 +12,9 @@ from peftarray.autodiff.fused.norms import layer_norm, rms_norm
 
 __all__ = [
     "attention",
+    "frozen_cross_entropy",
     "gelu",
     "layer_norm",
-    "frozen_cross_entropy",
     "linear_cross_entropy",
     "log_softmax",
     "rms_norm",
