@@ -9,7 +9,7 @@ from typing import Any
 
 import array_api_strict
 import numpy as np
-from peftarray.backends.by_tape import COMPILES, checkpoint, jit, value_and_grad
+from peftarray.backends.by_tape import COMPILES, checkpoint, jit, linear_map, value_and_grad
 
 from peftarray import arrays
 
@@ -18,6 +18,7 @@ __all__ = [
     "checkpoint",
     "from_host",
     "jit",
+    "linear_map",
     "random_state",
     "set_random_state",
     "to_host",

@@ -6,7 +6,7 @@ from typing import Any
 
 import cupy
 import numpy as np
-from peftarray.backends.by_tape import COMPILES, checkpoint, jit, value_and_grad
+from peftarray.backends.by_tape import COMPILES, checkpoint, jit, linear_map, value_and_grad
 
 from peftarray import arrays
 from peftarray.errors import ConfigError
@@ -16,6 +16,7 @@ __all__ = [
     "checkpoint",
     "from_host",
     "jit",
+    "linear_map",
     "random_state",
     "set_random_state",
     "to_host",

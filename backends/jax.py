@@ -18,6 +18,7 @@ __all__ = [
     "checkpoint",
     "from_host",
     "jit",
+    "linear_map",
     "random_state",
     "set_random_state",
     "to_host",
@@ -81,6 +82,11 @@ def value_and_grad(
 def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, keeping nothing for its gradient but its arguments: it is run again on the way back."""
     return jax.checkpoint(function)
+
+
+def linear_map(product: Callable[[Any], Any], transpose: Callable[[Any], Any], x: Any) -> jax.Array:
+    """As in `peftarray.backend.Backend`: JAX transposes by itself what it is told to make again."""
+    return jax.checkpoint(product)(x)
 
 
 def random_state() -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from peftarray.backends.by_tape import COMPILES, checkpoint, jit, value_and_grad
+from peftarray.backends.by_tape import COMPILES, checkpoint, jit, linear_map, value_and_grad
 
 from peftarray.errors import ConfigError
 
@@ -14,6 +14,7 @@ __all__ = [
     "checkpoint",
     "from_host",
     "jit",
+    "linear_map",
     "random_state",
     "set_random_state",
     "to_host",

@@ -23,7 +23,9 @@ __all__ = [
     "checkpoint",
     "from_host",
     "jit",
+    "linear_map",
     "load_module",
+    "quantize_module",
     "random_state",
     "set_random_state",
     "to_host",
@@ -91,6 +93,29 @@ def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def linear_map(
+    product: Callable[[torch.Tensor], torch.Tensor], transpose: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    """As in `peftarray.backend.Backend`; the compiler decides for itself what it makes again."""
+    if torch.compiler.is_compiling() or not x.requires_grad:
+        return product(x)
+    return _LinearMap.apply(x, product, transpose)  # type: ignore[no-untyped-call]
+
+
+class _LinearMap(torch.autograd.Function):
+    @staticmethod
+    def forward(x: torch.Tensor, product: Any, transpose: Any) -> torch.Tensor:
+        return product(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.transpose = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return ctx.transpose(gradient), None, None
+
+
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled as one graph."""
     return torch.compile(function, fullgraph=True)
@@ -123,6 +148,13 @@ def load_module(module: Any, folder: Any, *, adapter_name: str = "default", is_t
     from peftarray.backends import torch_modules
 
     return torch_modules.load_module(module, folder, adapter_name=adapter_name, is_trainable=is_trainable)
+
+
+def quantize_module(module: Any, choice: Any) -> Any:
+    """`peftarray.quantize` for a `torch.nn.Module`."""
+    from peftarray.backends import torch_quantised
+
+    return torch_quantised.quantize_module(module, choice)
 
 
 def as_trainable(module: Any) -> Any:

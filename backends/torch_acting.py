@@ -20,6 +20,7 @@ from peftarray.backends.torch_switch import Acting, Switch
 from peftarray.backends.torch_tree import own_module, own_modules
 from torch import nn
 
+from peftarray.arrays import Array
 from peftarray.errors import ConfigError, MatchError, UnsupportedError
 from peftarray.status import Status, layer_status
 
@@ -291,11 +292,12 @@ class ActingModule(Forwarding):
             self._switch.now = now
             self._show(now.whole)
 
-    def _own_weight(self, layer: AdaptedLayer) -> torch.Tensor:
+    def _own_weight(self, layer: AdaptedLayer) -> Array:
         """The weight that a layer came with, also while another is merged into its place."""
         own: Any = own_module(layer)
         kept = (swap.own for swap in self._merged if swap.module is own and swap.key == "weight")
-        return next(kept, own.weight)
+        weight = next(kept, own.weight)
+        return own.quantised if weight is None else weight
 
     def _refuse_merged(self, what: str) -> None:
         if self._now.merged:

@@ -12,6 +12,7 @@ from peftarray.arrays import Array
 from peftarray.errors import UnsupportedError
 from peftarray.layers import Kind, Layer, Window
 from peftarray.method import AdapterConfig
+from peftarray.stand_in import StandIn
 
 __all__ = ["Way", "base_weight", "is_packed", "layer_of", "way_of", "ways"]
 
@@ -49,6 +50,8 @@ def base_weight(module: Any, layer: Layer) -> Array:
         UnsupportedError: the weight is not loaded.
     """
     weight = module.weight
+    if isinstance(weight, StandIn):
+        return weight
     if weight.is_meta:
         message = f"the weight of {layer.name} is on the meta device; load the model's weights first"
         raise UnsupportedError(message)
@@ -67,7 +70,8 @@ def way_of(base: Any, method: AdapterConfig, layer: Layer) -> Way:
         is_plain = base.padding_mode == "zeros" and not isinstance(base.padding, str)
     else:
         is_plain = not isinstance(base, nn.Embedding) or base.max_norm is None
-    is_plain = is_plain and (type(base).forward in _FORWARDS or _is_conv1d(base))
+    is_own = type(base).forward in _FORWARDS or isinstance(base.weight, StandIn)
+    is_plain = is_plain and (is_own or _is_conv1d(base))
     packed = is_packed(base, layer)
     if method.adds_apart() and (is_plain or packed):
         return "apart"
@@ -96,6 +100,8 @@ def _is_conv1d(module: Any) -> bool:
 def is_packed(module: Any, layer: Layer) -> bool:
     """Whether a module stores its weight in another form than a method's."""
     weight = module.weight
+    if isinstance(weight, StandIn):  # a method may compute with it
+        return False
     return tuple(weight.shape) != layer.stored_shape or not bool(weight.is_floating_point())
 
 

@@ -24,6 +24,8 @@ from peftarray.composition import Composition, composed
 from peftarray.errors import NumberError, UnsupportedError
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig, Param
+from peftarray.quant.int8 import Int8Rows
+from peftarray.quantised_weight import QuantisedWeight, quantised_weight
 from peftarray.slots import Factors, padded, slot_update, stack_slots, thin_factors, why_no_slot
 from peftarray.stand_in import kind_for
 from peftarray.widened import Widened
@@ -302,8 +304,10 @@ def _prepare_kinds() -> None:
     """Make the kinds of stand-ins over tensors now: torch's compiler does not trace how a class is made."""
     plain, parameter = torch.zeros(1), nn.Parameter(torch.zeros(1))
     for arrays in ((plain,), (parameter,), (plain, parameter), (parameter, plain)):
-        for kind in (Widened, AdaptedWeight):
+        for kind in (Widened, AdaptedWeight, QuantisedWeight):
             namespace(object.__new__(kind_for(kind, *arrays)))
+    some = torch.zeros((1, 2))
+    quantised_weight(Int8Rows(), Int8Rows().quantize(some), (1, 2)).mT.after(some)
 
 
 def _drop(x: torch.Tensor, share: float) -> torch.Tensor:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from peftarray.backends.torch_holding import tied_heads
 from peftarray.backends.torch_layers import AdaptedLayer
+from peftarray.backends.torch_quantised import QuantisedLinear
 from peftarray.backends.torch_tree import own_module
 from torch import nn
 
-__all__ = ["Swap", "effective_tensors", "settle_ties"]
+__all__ = ["Swap", "effective_tensors", "form_merged", "settle_ties"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,13 +22,13 @@ class Swap:
 
     Attributes:
         module, key: whose parameter, and under which name.
-        own: the model's.
+        own: the model's; None where that is stored quantised.
         effective: as adapters make it.
     """
 
     module: nn.Module
     key: str
-    own: nn.Parameter
+    own: nn.Parameter | None
     effective: nn.Parameter
 
     def merge(self) -> None:
@@ -55,7 +56,6 @@ def effective_tensors(
             module = own_module(layer)
             for key, made in layer.effective(names, scales, safe=safe).items():
                 own = module._parameters[key]
-                assert own is not None
                 # A new parameter: another layer that shares the old one keeps it.
                 found.append(Swap(module, key, own, made))
         merged = {(id(swap.module), swap.key): swap.effective for swap in found}
@@ -65,6 +65,13 @@ def effective_tensors(
             if follows is not None and own is not None:
                 found.append(Swap(head.base_layer, "weight", own, follows))
     return tuple(found)
+
+
+def form_merged(root: nn.Module) -> None:
+    """Let quantised layers that adapters were merged into be plain ones."""
+    for path, module in list(root.named_modules()):
+        if isinstance(module, QuantisedLinear) and module._parameters["weight"] is not None:
+            root.set_submodule(path, module.formed())
 
 
 def settle_ties(module: Any) -> None:

@@ -19,7 +19,7 @@ from peftarray.backends.torch_adalora import Budgeted
 from peftarray.backends.torch_drafts import Draft, load_draft, start_draft
 from peftarray.backends.torch_holding import Base, attach, bare, detach, exchange
 from peftarray.backends.torch_layers import AdaptedLayer
-from peftarray.backends.torch_merging import Swap, settle_ties
+from peftarray.backends.torch_merging import Swap, form_merged, settle_ties
 from peftarray.backends.torch_rows import BASE
 from peftarray.backends.torch_saved import SavedModule
 from peftarray.backends.torch_slots import Slots
@@ -319,6 +319,7 @@ class PeftModule(Budgeted):
         """
         self.merge_adapter(adapter_names, safe_merge=safe_merge)
         model = self._left()
+        form_merged(model)
         settle_ties(model)
         return model
 

@@ -72,6 +72,10 @@ if TYPE_CHECKING:
     from peftarray.quant import Codec as Codec
     from peftarray.quant import codec as codec
     from peftarray.quant import quantize_array as quantize_array
+    from peftarray.quantised_start import loftq as loftq
+    from peftarray.quantised_start import merge_zero_points as merge_zero_points
+    from peftarray.quantised_weight import QuantisedWeight as QuantisedWeight
+    from peftarray.quantising import quantize as quantize
     from peftarray.training import SGD as SGD
     from peftarray.training import Adafactor as Adafactor
     from peftarray.training import AdaLoraBudget as AdaLoraBudget
@@ -120,6 +124,9 @@ _HOMES = {
     "prompts": "PROMPTS AdaptionPromptConfig CPTConfig MultitaskPromptTuningConfig PrefixTuningConfig"
     " PromptEncoderConfig PromptTuningConfig",
     "quant": "Codec codec quantize_array",
+    "quantised_weight": "QuantisedWeight",
+    "quantised_start": "loftq merge_zero_points",
+    "quantising": "quantize",
     "training": "SGD Adafactor AdaLoraBudget AdamW Batches Group History Lion LossScale Moment Precision Schedule"
     " Trainable clip_by_norm clip_by_value constant cosine cosine_with_restarts early_stopping fit"
     " inverse_sqrt linear lora_plus one_cycle orthogonality_penalty polynomial",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from peftarray.arrays import Array, Params, is_short, namespace
 from peftarray.layers import Layer, Window
 from peftarray.method_dropout import Drop, Dropout, applied_with_dropout, update_with_dropout
+from peftarray.stand_in import formed
 from peftarray.widened import widened
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Adapter:
 
     def update(self, weight: Array | None = None) -> Array:
         """What it adds to the `(out, fan_in)` matrix, in float32 at least; `weight` where the method needs the base."""
-        matrix = None if weight is None else _widened(self.layer.view(weight))
+        matrix = None if weight is None else _widened(self.layer.view(formed(weight)))
         return self.config.update(self.prepared, matrix, self.layer)
 
     def num_parameters(self) -> int:
@@ -174,7 +175,7 @@ class Adapter:
         return {name: _widened(array) for name, array in self.params.items()}
 
     def _through(self, weight: Array, change: Callable[[Params, Array, Layer], Array]) -> Array:
-        matrix = _widened(self.layer.view(weight))
+        matrix = _widened(self.layer.view(formed(weight)))
         result = self.layer.unview(change(self.prepared, matrix, self.layer))
         return namespace(result).astype(result, weight.dtype) if result.dtype != weight.dtype else result
 

@@ -55,6 +55,12 @@ class Backend(Protocol):
     def checkpoint(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, keeping nothing for its gradient but its arguments: it is run again on the way back."""
 
+    def linear_map(self, product: Callable[[Array], Array], transpose: Callable[[Array], Array], x: Array) -> Array:
+        """`product(x)`, which is linear in `x`; the gradient for `x` is `transpose` of that of the value.
+
+        Nothing but what the two functions read from around them is kept for the gradient.
+        """
+
     def random_state(self) -> dict[str, Any]:
         """Where the library's own generators are, as a tree of NumPy arrays and numbers."""
 

@@ -28,6 +28,7 @@ from peftarray.errors import ConfigError, MatchError, ShapeError, UnsupportedErr
 from peftarray.layers import Kind, Layer, Window, contract, through
 from peftarray.method_dropout import Dropout
 from peftarray.random import Draw
+from peftarray.routes import Weight
 from peftarray.settings import boolean, check_settings, indices, name_list, names, setting, text
 
 __all__ = ["AdapterConfig", "Additive", "LowRank", "Param", "Transform"]
@@ -481,6 +482,8 @@ class Additive(AdapterConfig):
         return w - self.update(p, w, layer)
 
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
+        if isinstance(w, Weight) and w.is_packed:
+            return contract(x, w, layer) + contract(x, self.update(p, None, layer), layer)
         return contract(x, self.weight(p, w, layer), layer)
 
 

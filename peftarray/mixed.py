@@ -23,12 +23,12 @@ from peftarray.errors import ShapeError, UnsupportedError
 from peftarray.layers import Layer, Window, contract
 from peftarray.method import AdapterConfig
 from peftarray.slots import Factors, padded, slot_update, stack_slots, thin_factors, why_not_thin
-from peftarray.stand_in import StandIn, kind_for
+from peftarray.stand_in import Branch, StandIn, kind_for
 
 __all__ = ["MixedBias", "MixedWeight", "mixed_bias", "mixed_weight"]
 
 
-class _Mixed(StandIn):
+class _Mixed(Branch):
     """One of several arrays, or what stands for them, for each sample of a batch.
 
     Attributes:

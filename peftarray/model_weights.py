@@ -19,6 +19,8 @@ from peftarray.draws import dropout
 from peftarray.errors import ConfigError, NumberError
 from peftarray.method_dropout import Drop
 from peftarray.mixed_batches import mixed_arrays, mixed_prompts
+from peftarray.quantised_weight import QuantisedWeight
+from peftarray.stand_in import formed
 
 __all__ = [
     "check_finite",
@@ -115,6 +117,7 @@ def mixed(
 def effective(base: Any, acting: Sequence[Acting], *, task_ids: Any = None) -> Any:
     """The weights under adapters, every one an array; heads that part from an embedding by them have their own."""
     merged = under(base, acting, merged_arrays, task_ids=task_ids)
+    merged = trees.refill(merged, map(formed, trees.leaves(merged)))
     heads = untied_heads(base, under(base, acting, stand_ins, task_ids=task_ids))
     return {**merged, **heads} if heads else merged
 
@@ -137,6 +140,8 @@ def in_precision(base: Any, dtype: str) -> Any:
 
     def cast(array: Array) -> Array:
         xp = namespace(array)
+        if isinstance(array, QuantisedWeight):
+            return array.counted_as(getattr(xp, dtype))
         return xp.astype(array, getattr(xp, dtype)) if xp.isdtype(array.dtype, "real floating") else array
 
     tree = weights_of(base)

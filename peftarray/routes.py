@@ -7,7 +7,7 @@ several names; each has its place here, whichever way the call came (operator, f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftarray.arrays import Array, namespace
 
@@ -21,7 +21,13 @@ Options = Mapping[str, Any]
 
 
 class Weight:
-    """Marks an object that stands in for a weight; `peftarray.stand_in.StandIn` is the only kind."""
+    """Marks an object that stands in for a weight; `peftarray.stand_in.StandIn` is the only kind.
+
+    Attributes:
+        is_packed: whether to form it is dear, so that two products are cheaper than a sum with it.
+    """
+
+    is_packed: ClassVar[bool] = False
 
 
 def answer(name: str, arguments: Arguments, options: Options) -> Any:
@@ -151,6 +157,13 @@ def _rows(w: StandIn, indices: Any) -> Array:
     return found
 
 
+def _vector_norm(x: Any, /, *, axis: Any = None, **options: Any) -> Array:
+    _refuse_unless(axis in (1, -1) and not options)
+    found = _weight(x).row_norms()
+    _refuse_unless(found is not NotImplemented)
+    return found
+
+
 def _convolution(axes: int) -> Callable[..., Array]:
     def convolve(
         input: Array,
@@ -216,4 +229,5 @@ _ROUTES: dict[str, Callable[..., Any]] = {
     "take": _take,
     "tensordot": _tensordot,
     "transpose": _transpose,
+    "vector_norm": _vector_norm,
 }

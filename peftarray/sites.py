@@ -17,6 +17,7 @@ from peftarray.prompts import VirtualTokens
 from peftarray.targets import ends_with, is_saved, targeted
 
 __all__ = [
+    "TASK_HEADS",
     "TOKENS",
     "Site",
     "check_training",
@@ -42,11 +43,13 @@ _OTHER_EMBEDDINGS = (
     *("wpe", "embed_positions", "position_embeddings", "token_type_embeddings"),
     "relative_attention_bias",
 )
-_TASK_HEADS = {
+_HEADS_OF = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+TASK_HEADS = tuple(dict.fromkeys(name for names in _HEADS_OF.values() for name in names))
+"""Output layers of models for tasks, by their names."""
 # How the last word of a weight's name says what it is: torch's modules, and Flax's.
 _TORCH, _FLAX, _FLAX_EMBEDDING = "weight", "kernel", "embedding"
 
@@ -192,7 +195,7 @@ def input_embedding(modules: Iterable[str]) -> str | None:
 def with_heads(config: Config, modules: Iterable[str]) -> Config:
     """The configuration with the heads in `modules_to_save` that a task's models start from noise, as PEFT has it."""
     known = {name.rpartition(".")[2] for name in modules}
-    heads = [name for name in _TASK_HEADS.get(config.task_type or "", ()) if name in known]
+    heads = [name for name in _HEADS_OF.get(config.task_type or "", ()) if name in known]
     listed: list[str] = list(config.modules_to_save or ())
     missing: list[str] = [name for name in heads if name not in listed]
     return replace(config, modules_to_save=[*listed, *missing]) if missing else config

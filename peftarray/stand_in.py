@@ -20,7 +20,7 @@ from peftarray.routes import Weight, answer
 if TYPE_CHECKING:
     from peftarray.method import AdapterConfig
 
-__all__ = ["Namespace", "OverArray", "StandIn", "kind_for"]
+__all__ = ["Branch", "Namespace", "OverArray", "StandIn", "formed", "kind_for"]
 
 # Methods of arrays that make a new array or number, by which model code treats weights.
 _METHODS = frozenset(
@@ -104,6 +104,14 @@ class StandIn(Weight):
     def kept(self, keep: Callable[[AdapterConfig], bool]) -> Array:
         """The weight with those adapters alone whose method this says yes to."""
         return self
+
+    def row_norms(self) -> Array:
+        """The Euclidean norm of each row, or `NotImplemented`."""
+        return NotImplemented
+
+    def widened(self) -> StandIn:
+        """The same weight, whose dtype is a short one, counting as float32; or `NotImplemented`."""
+        return NotImplemented
 
     @abstractmethod
     def flatten(self) -> tuple[tuple[Array, ...], Any]:
@@ -195,14 +203,6 @@ class StandIn(Weight):
 
     # How the libraries ask.
 
-    def __tree_items__(self) -> Iterator[tuple[str, Array]]:
-        return ((str(place), array) for place, array in enumerate(self.flatten()[0]))
-
-    def __tree_refill__(self, arrays: Sequence[Any]) -> Self:
-        known = [array for array in arrays if hasattr(array, "dtype")]
-        kind = kind_for(self._abstract, *known) if known else type(self)
-        return kind.unflatten(self.flatten()[1], arrays)
-
     def __array_namespace__(self, /, *, api_version: str | None = None) -> Any:
         return self._namespace
 
@@ -238,7 +238,19 @@ class StandIn(Weight):
         return function(*map(_dense, arguments), **{key: _dense(value) for key, value in options.items()})
 
 
-class OverArray(StandIn):
+class Branch(StandIn):
+    """A stand-in over arrays that training may change: trees of arrays look into it. Abstract."""
+
+    def __tree_items__(self) -> Iterator[tuple[str, Array]]:
+        return ((str(place), array) for place, array in enumerate(self.flatten()[0]))
+
+    def __tree_refill__(self, arrays: Sequence[Any]) -> Self:
+        known = [array for array in arrays if hasattr(array, "dtype")]
+        kind = kind_for(self._abstract, *known) if known else type(self)
+        return kind.unflatten(self.flatten()[1], arrays)
+
+
+class OverArray(Branch):
     """A stand-in over one frozen array, as that is stored or the other way round. Abstract.
 
     Attributes:
@@ -269,6 +281,11 @@ def _dense(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_dense, value))
     return {key: _dense(item) for key, item in value.items()} if type(value) is dict else value
+
+
+def formed(weight: Array) -> Array:
+    """The weight itself where this stands in for one, and otherwise the array."""
+    return weight.dense() if isinstance(weight, StandIn) else weight
 
 
 class Namespace:

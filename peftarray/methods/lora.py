@@ -2,7 +2,7 @@
 
 Sources: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, section 4.1, arXiv:2106.09685;
 Kalajdzievski, Rank-Stabilized LoRA, 2023, arXiv:2312.03732; Liu et al., DoRA, 2024, section 4.1, arXiv:2402.09353;
-Wang et al., KaSA, 2024, arXiv:2412.06071.
+Wang et al., KaSA, 2024, arXiv:2412.06071; Xu et al., QA-LoRA, 2023, algorithm 1, arXiv:2309.14717.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Never
 
 from peftarray import random
-from peftarray.arrays import Array, Params, device, namespace, row_norms, stop_gradient
+from peftarray.arrays import Array, Params, namespace, row_norms, stop_gradient
 from peftarray.errors import ConfigError, UnsupportedError
 from peftarray.layers import Kind, Layer, contract, scale_outputs
 from peftarray.method import LowRank, Param
 from peftarray.method_dropout import Dropout
+from peftarray.methods.lora_blocks import SIDES, block_diagonal, block_side
 from peftarray.random import Draw
+from peftarray.routes import Weight
 from peftarray.settings import Rule, boolean, mapping_of, name_list, number, one_of, optional, refused, setting, whole
+from peftarray.widened import widened
 
 __all__ = ["LoraConfig", "changes_base", "rows_of", "token_indices"]
 
@@ -32,15 +35,14 @@ token_indices = Rule(
     lambda value: value is None or _rows.allows(value) or mapping_of(_rows).allows(value),
     "None, a list of token numbers, or a mapping from module names to such lists",
 )
-_SIDES = ("target_modules_bd_a", "target_modules_bd_b")
 _blocks = Rule(
     # A tuple is what `at` makes of it for one module; no file holds one.
     lambda value: (
         value is None
         or isinstance(value, tuple)
-        or (isinstance(value, Mapping) and all(name_list.allows(value.get(side)) for side in _SIDES))
+        or (isinstance(value, Mapping) and all(name_list.allows(value.get(side)) for side in SIDES))
     ),
-    f"None or a mapping with {' and '.join(_SIDES)} (lists of names), nblocks and match_strict",
+    f"None or a mapping with {' and '.join(SIDES)} (lists of names), nblocks and match_strict",
 )
 _init = Rule(
     lambda value: (
@@ -73,6 +75,8 @@ class LoraConfig(LowRank):
         trainable_token_indices: rows of the embedding that are trained as they are.
         use_bdlora: `{target_modules_bd_a, target_modules_bd_b, nblocks, match_strict}`: factors with `nblocks`
             diagonal blocks.
+        use_qalora, qalora_group_size: `A (r, fan_in / group)` acts on sums of groups of inputs, so that the update is
+            constant within a group and a merge changes zero points alone: `peftarray.merge_zero_points`.
         kasa_config: drop the base's `r` smallest singular triples, and train a diagonal between the factors.
 
     The fields of PEFT's class that are not named here have PEFT's meaning; those that change the result and are not
@@ -114,11 +118,11 @@ class LoraConfig(LowRank):
     monteclora_config: Mapping[str, Any] | None = None
     megatron_config: Mapping[str, Any] | None = refused(None, "Megatron's parallel layers split the weights otherwise")
     megatron_core: str | None = "megatron.core"
-    qalora_group_size: int = 16
+    qalora_group_size: int = setting(16, whole(1))
     alora_invocation_tokens: list[int] | None = refused(
         None, "activated LoRA depends on the prompt's tokens, so no merged weight exists; serve it unmerged"
     )
-    use_qalora: bool = refused(False, "QA-LoRA's update lives in the zero points of a quantised base")
+    use_qalora: bool = setting(False, boolean)
     arrow_config: Mapping[str, Any] | None = refused(None, "Arrow routes each token, so no merged weight exists")
     layer_replication: list[Any] | None = refused(
         None,
@@ -130,11 +134,19 @@ class LoraConfig(LowRank):
         if self.lora_bias and self.use_dora:
             message = "LoraConfig.lora_bias and use_dora are both True; choose one"
             raise ConfigError(message)
+        if self.use_qalora and (self.use_dora or self.kasa_config or self.use_bdlora):
+            message = "LoraConfig.use_qalora goes with none of use_dora, kasa_config and use_bdlora; choose one"
+            raise ConfigError(message)
 
     @property
     def scale(self) -> float:
         """`lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def product_alone(self) -> bool:
+        """Whether the update is the product of two whole factors `lora_B` and `lora_A`, and nothing else."""
+        return not (self.use_dora or self.use_bdlora or self.use_qalora or self.kasa_config)
 
     @property
     def starts_as_identity(self) -> bool:
@@ -149,7 +161,7 @@ class LoraConfig(LowRank):
         changes: dict[str, Any] = super().resolved(name) | dict.fromkeys(configs)
         changes["kasa_config"] = bool(self.kasa_config) or None
         changes["use_bdlora"] = (
-            _block_side(self.use_bdlora, name) if isinstance(self.use_bdlora, Mapping) else self.use_bdlora
+            block_side(self.use_bdlora, name) if isinstance(self.use_bdlora, Mapping) else self.use_bdlora
         )
         return changes
 
@@ -163,6 +175,9 @@ class LoraConfig(LowRank):
                 f"({layer.shape[1]}) or, for target_modules_bd_b, r ({self.r})"
             )
             raise ConfigError(message)
+        if self.use_qalora:
+            self._check_groups(layer)
+            blocks, side = self.qalora_group_size, "a"
         fan_in, rank = layer.shape[1] // (blocks if side == "a" else 1), self.r // (blocks if side == "b" else 1)
         down, up = "r cin" + kernel if kernel else "r in", "out r" + kernel
         disk = "lora_embedding_{}" if layer.kind == "embedding" else "lora_{}.weight"
@@ -191,7 +206,8 @@ class LoraConfig(LowRank):
         if self.use_dora and "lora_magnitude_vector" not in p:
             up, down = self.factors({**p, **made}, layer)
             xp = namespace(w)
-            norm = xp.linalg.vector_norm(w + up @ down, axis=1)
+            is_packed = isinstance(w, Weight) and w.is_packed
+            norm = _sum_norms(widened(w), up, down) if is_packed else xp.linalg.vector_norm(w + up @ down, axis=1)
             made["lora_magnitude_vector"] = (
                 xp.reshape(norm, (1, -1, *(1 for _ in layer.kernel))) if layer.kernel else norm
             )
@@ -204,8 +220,12 @@ class LoraConfig(LowRank):
             down, up = xp.reshape(down, (down.shape[0], -1)), xp.reshape(up, (up.shape[0], -1))
         if isinstance(self.use_bdlora, tuple):
             side, blocks = self.use_bdlora
-            down, up = (_block_diagonal(down, blocks), up) if side == "a" else (down, _block_diagonal(up, blocks))
+            down, up = (block_diagonal(down, blocks), up) if side == "a" else (down, block_diagonal(up, blocks))
         up = up * self.scale
+        if self.use_qalora:
+            # A sees means of groups, times the number of groups (Xu et al., 2023, algorithm 1, as PEFT scales it).
+            group = self.qalora_group_size
+            down = namespace(down).repeat(down * (down.shape[1] / group), group, axis=1)
         if self.kasa_config:
             xp = namespace(down, up)
             up = xp.concat([up * p["lora_diag"], -p["minor_up"]], axis=1)
@@ -298,6 +318,15 @@ class LoraConfig(LowRank):
     def applied_twice(self) -> LoraConfig:
         return replace(self, lora_alpha=2 * self.lora_alpha)
 
+    def _check_groups(self, layer: Layer) -> None:
+        group = self.qalora_group_size
+        if layer.kind != "linear" or layer.fan_in % group:
+            message = (
+                f"{layer.name}: LoraConfig.use_qalora is for linear layers whose inputs are a multiple of "
+                f"qalora_group_size; this is {layer.kind}, and has {layer.fan_in} inputs in groups of {group}"
+            )
+            raise ConfigError(message)
+
     @staticmethod
     def _gain(p: Params, norm: Array) -> Array:
         # norm / norm is 1, or NaN where the norm overflowed or is zero: such a row has no direction, and must not be 0.
@@ -345,40 +374,9 @@ def _sum_norms(w: Array, up: Array, down: Array) -> Array:
 def _needs_initialiser(seed: int, stream: str, shape: tuple[int, ...]) -> Never:
     message = (
         "LoraConfig.init_lora_weights: only True, False and 'gaussian' can be drawn from a seed; this one needs "
-        "data or the base"
+        "data or the base ('loftq' is what peftarray.loftq makes of the base)"
     )
     raise UnsupportedError(message)
-
-
-def _block_side(config: Mapping[str, Any], name: str) -> tuple[str, int] | None:
-    """Which factor of the module called `name` is block-diagonal, and in how many blocks."""
-    unknown = set(config) - {*_SIDES, "nblocks", "match_strict"}
-    blocks = config.get("nblocks", 1)
-    if unknown or type(blocks) is not int or blocks < 1:
-        message = (
-            f"LoraConfig.use_bdlora is {config!r}; it must hold target_modules_bd_a, target_modules_bd_b, nblocks "
-            "(at least 1) and match_strict"
-        )
-        raise ConfigError(message)
-    sides = [side for side in "ab" if any(part in name for part in config.get(f"target_modules_bd_{side}") or ())]
-    if len(sides) == 2 or (not sides and config.get("match_strict", True)):
-        message = (
-            f"LoraConfig.use_bdlora names {name} for {len(sides)} sides; it must be for one, or match_strict False"
-        )
-        raise ConfigError(message)
-    return (sides[0], blocks) if sides else None
-
-
-def _block_diagonal(stacked: Array, blocks: int) -> Array:
-    """`(rows, n)` as `blocks` groups of rows on the diagonal of `(rows, blocks * n)`."""
-    xp = namespace(stacked)
-    rows, columns = stacked.shape
-    if rows % blocks:
-        message = f"LoraConfig.use_bdlora: {rows} rows cannot be split into {blocks} blocks; nblocks must divide them"
-        raise ConfigError(message)
-    grid = xp.reshape(stacked, (blocks, rows // blocks, 1, columns))
-    eye = xp.reshape(xp.eye(blocks, dtype=stacked.dtype, device=device(stacked)), (blocks, 1, blocks, 1))
-    return xp.reshape(grid * eye, (rows, blocks * columns))
 
 
 def _smallest_triples(w: Array, r: int) -> tuple[Array, Array]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from peftarray.errors import UnsupportedError
 from peftarray.settings import Rule, optional, whole
 
 __all__ = ["read_config", "token"]
@@ -28,12 +27,7 @@ def read_config(kind: type[C], data: Mapping[str, Any]) -> C:
 
     Raises:
         ConfigError: a value that its rule does not allow.
-        UnsupportedError: the weights are quantised, or a field asks for what is not supported.
+        UnsupportedError: a field asks for what is not supported.
     """
-    if data.get("quantization_config"):
-        method = data["quantization_config"]
-        name = method.get("quant_method") if isinstance(method, Mapping) else method
-        message = f"the checkpoint is quantised ({name}); load the model that it was made from"
-        raise UnsupportedError(message)
     known = {item.name for item in fields(kind)} & data.keys()  # type: ignore[arg-type]
     return kind(**{name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in known})

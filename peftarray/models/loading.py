@@ -14,6 +14,10 @@ from peftarray.backend import load_backend
 from peftarray.dtypes import StorageDType, decode, encode, parse_dtype
 from peftarray.errors import ConfigError, MatchError, ShapeError, UnsupportedError, nearest
 from peftarray.models.model import Model, Tensor
+from peftarray.quant import Codec
+from peftarray.quant.layouts import StoredWeight, find_quantised
+from peftarray.quantised_weight import QuantisedWeight, quantised_weight
+from peftarray.quantising import Choice, quantised
 from peftarray.random import normal_of
 from peftarray.stores.checkpoint import Checkpoint
 from peftarray.stores.json_file import read_json
@@ -32,16 +36,31 @@ _AT_ONCE = 4 << 20
 """Bytes of a tensor that are decoded at once."""
 
 
-def load(path: str | Path, *, backend: str = "numpy", device: Any = None, dtype: str | None = None) -> Model:
+def load(
+    path: str | Path,
+    *,
+    backend: str = "numpy",
+    device: Any = None,
+    dtype: str | None = None,
+    quantize: str | Codec | None = None,
+    skip: Iterable[str] = (),
+    embeddings: str | Codec | None = None,
+) -> Model:
     """A reference model with the weights of a checkpoint folder.
 
-    Weights are decoded tensor by tensor straight from the mapped file; there is one copy of them in memory.
+    Weights are decoded tensor by tensor straight from the mapped file; there is one copy of them in memory. Those that
+    the file stores quantised (bitsandbytes, FP8, GPTQ and the others of `peftarray.quant.layouts`) stay so.
 
     Args:
         path: a folder with `config.json` and safetensors weights, sharded or not.
         backend: the array library, by the name of its backend.
         device: where the weights go, as the library says it; its default if None.
         dtype: of the weights, such as `"float64"`; float32 if None (float64 where that is stored).
+        quantize: quantise linear layers on the way, one float tensor at a time; on the host, so that every library gets
+            the same bits. It and the next two are as `peftarray.quantize` has them; a codec of other than the usual
+            settings is what `peftarray.codec` gives.
+        skip: modules that stay as they are.
+        embeddings: the codec of the input embedding.
 
     Raises:
         FormatError: no checkpoint there, or a damaged one.
@@ -59,14 +78,23 @@ def load(path: str | Path, *, backend: str = "numpy", device: Any = None, dtype:
             message = f"{path} has no config.json beside the weights; give the folder that holds both"
             raise ConfigError(message)
         family, config = _family(_with_generation_facts(store))
-        names = {_live(name): name for name in store}
+        stored = _stored_quantised(store)
+        held = {tensor for weight in stored.values() for tensor in weight.names()}
+        names = {_live(name): name for name in (*store, *stored) if name in stored or name not in held}
         prefix = _prefix(family, family.tensors(config), names)
+        chosen = _to_quantise(store, names, stored, quantize, skip, embeddings)
         weights = {}
         for row in family.tensors(config):
             name = row.name if row.bare else prefix + row.name
-            if name in names and not (row.stand_in and _same(store, names[name], names[prefix + row.stand_in])):
-                _check_shape(store, names[name], row)
-                weights[name] = place(_decoded(store, names[name], dtype))
+            if name in names and not (row.stand_in and _same(store, names, name, prefix + row.stand_in)):
+                shape = stored[names[name]].shape if names[name] in stored else store[names[name]].shape
+                _check_shape(store, names[name], shape, row)
+                if names[name] in stored:
+                    weights[name] = _still_quantised(stored[names[name]], store, place, dtype)
+                elif name in chosen:
+                    weights[name] = _quantised(name, _decoded(store, names[name], dtype), chosen[name], place, dtype)
+                else:
+                    weights[name] = place(_decoded(store, names[name], dtype))
             elif row.needed:
                 message = (
                     f"{path} has no tensor {name}{nearest(name, names)}; it is not a whole {store.config['model_type']}"
@@ -134,16 +162,79 @@ def _prefix(family: type[Model], rows: Iterable[Tensor], names: Mapping[str, str
     return family.usual_prefix if family.usual_prefix + first in names or first not in names else ""
 
 
-def _check_shape(store: Checkpoint, name: str, row: Tensor) -> None:
-    found = store[name].shape
+def _check_shape(store: Checkpoint, name: str, found: tuple[int, ...], row: Tensor) -> None:
     if len(found) != len(row.shape) or any(size not in (None, n) for size, n in zip(row.shape, found, strict=True)):
         wanted = tuple("any" if size is None else size for size in row.shape)
         message = f"{store.path}: {name} is {found}; config.json wants {wanted}: the two do not belong together"
         raise ShapeError(message)
 
 
-def _same(store: Checkpoint, name: str, other: str) -> bool:
+def _same(store: Checkpoint, names: Mapping[str, str], head: str, embedding: str) -> bool:
+    name, other = names[head], names.get(embedding)
+    if other is None or name not in store or other not in store:  # one that is stored quantised is its own
+        return False
     return store[name].shape == store[other].shape and np.array_equal(store.read(name), store.read(other))
+
+
+def _stored_quantised(store: Checkpoint) -> dict[str, StoredWeight]:
+    """The weights that the file holds quantised; found by the names of tensors alone where `config.json` is silent."""
+    found = find_quantised(store, store.config, store.read_stored)
+    for weight in found.values():
+        if weight.transposed:
+            message = f"{store.path}: {weight.name} is stored the other way round, as fused experts are; not known here"
+            raise UnsupportedError(message)
+    return found
+
+
+def _to_quantise(
+    store: Checkpoint,
+    names: Mapping[str, str],
+    stored: Mapping[str, StoredWeight],
+    quantize: str | Codec | None,
+    skip: Iterable[str],
+    embeddings: str | Codec | None,
+) -> dict[str, Codec]:
+    """name of a weight -> its codec, for those that are quantised on the way."""
+    if quantize is None:
+        if embeddings is not None or tuple(skip):
+            message = "skip and embeddings are given, and quantize is None; say how the other weights are quantised"
+            raise ConfigError(message)
+        return {}
+    shapes = {name: tuple(store[disk].shape) for name, disk in names.items() if disk not in stored}
+    return Choice(quantize, skip=skip, embeddings=embeddings).among(shapes, store.config["model_type"])
+
+
+def _quantised(
+    name: str, values: np.ndarray, codec: Codec, place: Callable[[np.ndarray], Array], dtype: str | None
+) -> QuantisedWeight:
+    made = quantised(name, values, codec)
+    return _placed(codec, made.parts, made.stored, place, dtype)
+
+
+def _still_quantised(
+    weight: StoredWeight, store: Checkpoint, place: Callable[[np.ndarray], Array], dtype: str | None
+) -> QuantisedWeight:
+    """A weight as the file has it; its parts are copied, since the file will be closed."""
+    parts = {name: np.array(part) for name, part in weight.parts(store.read_stored).items()}
+    return _placed(weight.codec, parts, weight.shape, place, dtype)
+
+
+def _placed(
+    codec: Codec,
+    parts: Mapping[str, np.ndarray],
+    shape: tuple[int, ...],
+    place: Callable[[np.ndarray], Array],
+    dtype: str | None,
+) -> QuantisedWeight:
+    # Scales of dtypes that only files have are decoded: they are few.
+    wide = {name: part.astype(np.float32) if _is_rare(part.dtype) else part for name, part in parts.items()}
+    placed = {name: place(part) for name, part in wide.items()}
+    xp = namespace(*placed.values())
+    return quantised_weight(codec, placed, shape, getattr(xp, "float32" if dtype is None else _name(dtype)))
+
+
+def _is_rare(dtype: np.dtype) -> bool:
+    return dtype.name.startswith("float8") or dtype.kind == "V"
 
 
 def _decoded(store: Checkpoint, name: str, dtype: str | None) -> np.ndarray:
@@ -169,6 +260,11 @@ def _numpy(dtype: StorageDType) -> np.dtype:
     return dtype.numpy
 
 
+def _name(dtype: str) -> str:
+    """A dtype's name in the namespaces of libraries."""
+    return _numpy(parse_dtype(dtype)).name
+
+
 def _placement(backend: str, device: Any, dtype: str | None) -> Callable[[np.ndarray], Array]:
     """What brings a host array to a library and a device."""
     library = load_backend(backend)
@@ -177,7 +273,7 @@ def _placement(backend: str, device: Any, dtype: str | None) -> Callable[[np.nda
         return library.from_host(array, device=device)
 
     if dtype is not None:
-        name = _numpy(parse_dtype(dtype)).name
+        name = _name(dtype)
         if not hasattr(namespace(place(np.zeros(1, np.float32))), name):
             message = f"dtype is {dtype!r}, in which {backend} does not compute; use float32"
             raise UnsupportedError(message)

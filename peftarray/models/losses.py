@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from peftarray.arrays import Array, constant, integers, namespace
-from peftarray.autodiff.fused import linear_cross_entropy, log_softmax
+from peftarray.autodiff.fused import frozen_cross_entropy, linear_cross_entropy, log_softmax
 from peftarray.errors import ShapeError
 from peftarray.models.bert import Bert
 from peftarray.models.linear import Weights
 from peftarray.models.model import Decoder
 from peftarray.prompts import CPTConfig
+from peftarray.routes import Weight
 
 __all__ = ["Loss", "causal_loss", "classification_loss", "cpt_loss", "regression_loss"]
 
@@ -45,7 +46,10 @@ def causal_loss(model: Decoder) -> Loss:
         hidden = model.hidden_states(weights, ids, mask)
         labels = _beside(batch["labels"], hidden) if "labels" in batch else _unpadded(ids, mask, hidden)
         _check(labels, hidden.shape[:2], "(batch, length)")
-        return linear_cross_entropy(hidden[:, :-1, :], model.head(weights), labels[:, 1:], ignore_index=_IGNORED)
+        rows, wanted, head = hidden[:, :-1, :], labels[:, 1:], model.head(weights)
+        if isinstance(head, Weight) and head.is_packed:
+            return frozen_cross_entropy(rows, wanted, weight=head, ignore_index=_IGNORED)
+        return linear_cross_entropy(rows, head, wanted, ignore_index=_IGNORED)
 
     return loss
 

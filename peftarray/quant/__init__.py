@@ -41,6 +41,7 @@ __all__ = [
     "NormalFloat",
     "Part",
     "codec",
+    "codec_of",
     "quantize_array",
 ]
 
@@ -77,6 +78,20 @@ def codec(name: str, **settings: Any) -> Codec:
             message = f"the codec {name} has no setting {setting!r}; {words}"
             raise ConfigError(message)
     return kind(**settings)
+
+
+def codec_of(given: str | Codec, **settings: Any) -> Codec:
+    """A codec by its name and settings, or the one that is given.
+
+    Raises:
+        ConfigError: there is no such codec or setting, or settings come with a codec that has its own.
+    """
+    if isinstance(given, str):
+        return codec(given, **settings)
+    if settings:
+        message = f"{', '.join(settings)} are given beside {given}; give them to the codec itself"
+        raise ConfigError(message)
+    return given
 
 
 def quantize_array(weight: Array, name: str = "nf4", **settings: Any) -> tuple[Codec, dict[str, Array]]:

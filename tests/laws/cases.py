@@ -40,6 +40,8 @@ CASES = [
         if config.r <= 4 or kind.kind == "linear"
     ),
     Case(LoraConfig(r=2, lora_bias=True)),
+    Case(LoraConfig(r=2, use_qalora=True, qalora_group_size=5)),
+    Case(LoraConfig(r=2, use_qalora=True, qalora_group_size=2), transposed=True),
     Case(LoraConfig(r=4, use_bdlora={"target_modules_bd_a": ["proj"], "nblocks": 2})),
     Case(LoraConfig(r=4, use_bdlora={"target_modules_bd_b": ["proj"], "nblocks": 2})),
     Case(LoraConfig(r=2, rank_pattern={r"0\.proj": 3}, alpha_pattern={"proj": 11.5})),

@@ -186,7 +186,6 @@ def test_method_without_a_merged_weight(refused, kind, why):
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
-        ("use_qalora", True, "zero points"),
         ("alora_invocation_tokens", [1, 2], "serve it unmerged"),
         ("arrow_config", {"top_k": 3}, "routes each token"),
         ("layer_replication", [[0, 2], [1, 2]], "write the copies out"),

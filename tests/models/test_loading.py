@@ -161,7 +161,7 @@ def rewrite(folder, **changes):
         ({"head_dim": 3}, "heads have 3 channels, which do not make pairs"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; models of type llama are known with 'silu' alone"),
         ({"rms_norm_eps": -1.0}, "LlamaConfig.rms_norm_eps is -1.0; it must be a finite number of at least 0"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "the checkpoint is quantised (gptq)"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "the quantisation method 'hqq' is not known"),
         (
             {"rope_parameters": {"rope_type": "spiral"}},
             "rope_type is 'spiral', which is not supported; there are default",

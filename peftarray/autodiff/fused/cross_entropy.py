@@ -11,7 +11,7 @@ from peftarray.autodiff.rules import Needs, Result
 from peftarray.autodiff.rules.scatter import add_rows
 from peftarray.errors import PeftError
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["frozen_cross_entropy", "linear_cross_entropy"]
 
 # So many rows of logits at a time at most, and so many entries: fewer make thin products, more only memory.
 _ROWS, _ENTRIES = 256, 1 << 24
@@ -67,6 +67,27 @@ def linear_cross_entropy(
     )
 
 
+def _frozen_cross_entropy(hidden: Array, targets: Array, *, weight: Array, ignore_index: int = -100) -> Array:
+    """`linear_cross_entropy` of a frozen weight, which may be an object that stands in for one and has no gradient.
+
+    Args:
+        hidden, targets: as above.
+        weight: `(classes, d)`, such as a quantised one.
+        ignore_index: as above.
+    """
+    return _linear_cross_entropy(hidden, weight, targets, ignore_index=ignore_index)
+
+
+@primitive(formula=_frozen_cross_entropy)
+def frozen_cross_entropy(
+    xp: Any, needs: Needs, hidden: Array, targets: Array, *, weight: Array, ignore_index: int = -100
+) -> Result:
+    wants = (needs[0], False, False)
+    value, pull = linear_cross_entropy.rule.function(xp, wants, hidden, weight, targets, ignore_index=ignore_index)
+    assert pull is not None
+    return value, lambda g: (pull(g)[0], None)
+
+
 def _block(
     xp: Any, needs: Needs, rows: Array, weight: Array, targets: Array, share: Array
 ) -> tuple[Array, Array | None, Array | None]:
@@ -76,7 +97,7 @@ def _block(
     logits -= top
     into(logits, xp.exp, logits)
     total = xp.sum(logits, axis=-1, keepdims=True)
-    chosen = xp.take(weight, targets, axis=0)
+    chosen = namespace(weight).take(weight, targets, axis=0)
     losses = (xp.log(total) + top)[:, 0] - xp.vecdot(rows, chosen)
     # The gradient of a row's logits is its softmax, less one at the target.
     part = share / total
