@@ -19,7 +19,7 @@ from checkpoints import layer_shapes, lora_config, lora_tensors, read_tensors, t
 from refusals import ENVIRONMENT
 
 import peftarray as pa
-from peftarray.merging import merger
+from peftarray.merging import writing
 from peftarray.merging.journal import JOURNAL
 
 KILLS, LAYERS, SHARDS = 20, 10, 5
@@ -256,7 +256,7 @@ def unnamed(small, tmp_path, monkeypatch):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(merger, "sync_folder", sync)
+        patch.setattr(writing, "sync_folder", sync)
         with pytest.raises(Killed):
             pa.merge(*small, tmp_path / "out")
     assert (tmp_path / "out" / JOURNAL).exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from real_models import smollm2
 
+import peftarray as pa
 from peftarray.dtypes import rounded
 from peftarray.quant import FourBitFloat, Int8Rows, NormalFloat
 from peftarray.quant.layouts import LAYOUTS, find_quantised
@@ -122,3 +124,59 @@ def test_what_is_written_here_is_what_transformers_saved(quantised, original, tm
     tokens = torch.arange(1, 9)[None]
     with torch.no_grad():
         np.testing.assert_array_equal(loaded(tokens).logits.numpy(), model(tokens).logits.numpy())
+
+
+def read_back(folder: Path) -> dict[str, np.ndarray]:
+    """The quantised weights of a checkpoint; the model itself has others once bitsandbytes has computed on the CPU."""
+    with Checkpoint.open(folder) as files:
+        found = find_quantised(files, files.config, files.read_stored)
+        return {name: weight.dequantize(files.read_stored) for name, weight in found.items()}
+
+
+def test_a_whole_checkpoint_is_quantised_as_transformers_does_it(quantised, original, tmp_path):
+    how, model, folder = quantised
+    settings = {item.name: getattr(how, item.name) for item in fields(how)}
+    report = pa.quantize_checkpoint(original, tmp_path / "ours", how.kind, **settings)
+    assert len(report.tensors) == 7 * LAYERS
+    with Checkpoint.open(folder) as theirs, Checkpoint.open(tmp_path / "ours") as ours:
+        assert set(theirs) == set(ours)
+        for name in theirs:
+            # LLM.int8 takes weights in float16, and `quantize` as they are.
+            if "quant_state" not in name and not isinstance(how, Int8Rows):
+                np.testing.assert_array_equal(ours.read_stored(name), theirs.read_stored(name), err_msg=name)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", device_map="cpu").eval()
+    expected = read_back(folder)
+    for name, weight in dequantised(loaded).items():
+        np.testing.assert_allclose(weight, expected[name], atol=0.01 * np.abs(expected[name]).max(), err_msg=name)
+    tokens = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        found, wanted = loaded(tokens).logits.numpy(), model(tokens).logits.numpy()
+    assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
+
+
+def test_a_lora_is_merged_into_what_transformers_saved(quantised, tmp_path):
+    folder = quantised[2]
+    rng = np.random.default_rng(0)
+    shapes = {"lora_A": (4, 576), "lora_B": (576, 4)}
+    key = "base_model.model.model.layers.1.self_attn.q_proj"
+    factors = {f"{key}.{name}.weight": rng.standard_normal(shape, np.float32) * 0.1 for name, shape in shapes.items()}
+    (tmp_path / "adapter").mkdir()
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    said["layers_to_transform"] = [1]
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(said))
+    report = pa.merge(
+        folder, tmp_path / "adapter", tmp_path / "out", base_as="dequantised", dtype="float32", verify=True
+    )
+    expected = read_back(folder)
+    (changed,) = report.tensors
+    down, up = (factors[f"{key}.{name}.weight"].astype(np.float64) for name in shapes)
+    with Checkpoint.open(tmp_path / "out") as merged:
+        for name, weight in expected.items():
+            exact = weight + (2 * up @ down if name == changed.name else 0)
+            np.testing.assert_allclose(merged.read(name), exact, rtol=1e-6, atol=1e-6, err_msg=name)
+    pa.merge(folder, tmp_path / "adapter", tmp_path / "kept", base_as="dequantised", keep_touched_in="float32")
+    kept = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "kept", device_map="cpu", dtype=torch.float32)
+    module = kept.get_submodule(changed.name.removesuffix(".weight"))
+    assert type(module) is torch.nn.Linear
+    np.testing.assert_allclose(module.weight.data.numpy(), expected[changed.name] + 2 * up @ down, atol=1e-6)

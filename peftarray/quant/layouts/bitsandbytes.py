@@ -23,7 +23,6 @@ _STATE = ".quant_state.bitsandbytes__"
 _KINDS: dict[str, type[FourBit]] = {kind.kind: kind for kind in (NormalFloat, FourBitFloat)}
 _MOST = 1 << 16  # bytes of a state
 _LONGEST = 24  # characters of a number in JSON
-_ALIGNED = 8
 _ROWS = 0  # what `weight_format` says of weights that are stored as they are
 
 
@@ -73,9 +72,9 @@ class BitsAndBytes(WritableLayout):
                 "nested_dtype": "float32",
                 "nested_offset": float(parts["nested_offset"]),
             }
-        # As long for every number, so that a file can be laid out before, and tensors behind it stay aligned.
-        length = len(json.dumps(state | {"nested_offset": None})) + _LONGEST
-        text = json.dumps(state).ljust(-(-length // _ALIGNED) * _ALIGNED)
+        text = json.dumps(state)
+        if codec.double:  # as long for every offset, so that a file can be laid out before there are numbers
+            text = text.ljust(len(json.dumps(state | {"nested_offset": None})) + _LONGEST)
         found[f"{name}{_STATE}{codec.kind}"] = np.frombuffer(text.encode(), np.uint8)
         return found
 
