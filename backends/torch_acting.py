@@ -22,7 +22,7 @@ from torch import nn
 
 from peftarray.arrays import Array
 from peftarray.errors import ConfigError, MatchError, UnsupportedError
-from peftarray.status import Status, layer_status
+from peftarray.model.status import Status, layer_status
 
 __all__ = ["ActingModule", "refuse_overlap"]
 

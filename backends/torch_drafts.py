@@ -21,7 +21,7 @@ from peftarray.formats.peft_config import read_config
 from peftarray.formats.peft_writer import SavedAdapters, load_adapters
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
-from peftarray.sites import (
+from peftarray.model.sites import (
     TOKENS,
     check_training,
     choose,

@@ -16,7 +16,7 @@ from torch import nn
 
 from peftarray.adapter import Adapter
 from peftarray.method import AdapterConfig
-from peftarray.sites import TOKENS
+from peftarray.model.sites import TOKENS
 
 __all__ = ["Base", "Held", "Place", "attach", "bare", "detach", "exchange", "tied_heads"]
 

@@ -31,7 +31,7 @@ from peftarray.combining import Recipe, combine_sets
 from peftarray.errors import ConfigError
 from peftarray.formats.peft_writer import SavedAdapters, save_adapters
 from peftarray.method import AdapterConfig
-from peftarray.summary import trainable_summary
+from peftarray.model.summary import trainable_summary
 
 __all__ = ["PeftModule", "adapt_module", "load_module"]
 

@@ -26,6 +26,8 @@ from torch.nn import functional
 
 from peftarray.errors import ConfigError, MatchError, UnsupportedError, nearest
 from peftarray.formats.prompts import load_prompt, save_prompt, source_prompt
+from peftarray.model.sites import saved_modules, with_heads
+from peftarray.model.summary import trainable_summary
 from peftarray.prompts import (
     AdaptionPromptConfig,
     CPTConfig,
@@ -37,8 +39,6 @@ from peftarray.prompts import (
 )
 from peftarray.prompts.adaption_prompt import GATE, PROMPT
 from peftarray.prompts.prompt import without_tasks
-from peftarray.sites import saved_modules, with_heads
-from peftarray.summary import trainable_summary
 
 __all__ = ["PromptModule", "adapt_module", "load_module"]
 

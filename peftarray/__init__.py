@@ -60,8 +60,8 @@ if TYPE_CHECKING:
     from peftarray.methods import TrainableTokensConfig as TrainableTokensConfig
     from peftarray.methods import VeraConfig as VeraConfig
     from peftarray.model import PeftModel as PeftModel
+    from peftarray.model import PromptModel as PromptModel
     from peftarray.model import get_peft_model as get_peft_model
-    from peftarray.prompted import PromptModel as PromptModel
     from peftarray.prompts import PROMPTS as PROMPTS
     from peftarray.prompts import AdaptionPromptConfig as AdaptionPromptConfig
     from peftarray.prompts import CPTConfig as CPTConfig
@@ -119,8 +119,7 @@ _HOMES = {
     "method": "AdapterConfig Additive LowRank Param Transform",
     "methods": "METHODS AdaLoraConfig BOFTConfig IA3Config LoHaConfig LoKrConfig LoraConfig OFTConfig"
     " TrainableTokensConfig VeraConfig",
-    "model": "PeftModel get_peft_model",
-    "prompted": "PromptModel",
+    "model": "PeftModel get_peft_model PromptModel",
     "prompts": "PROMPTS AdaptionPromptConfig CPTConfig MultitaskPromptTuningConfig PrefixTuningConfig"
     " PromptEncoderConfig PromptTuningConfig",
     "quant": "Codec codec quantize_array",

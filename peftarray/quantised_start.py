@@ -9,11 +9,11 @@ from typing import Any
 from peftarray import trees
 from peftarray.adapter import Adapter
 from peftarray.arrays import namespace
-from peftarray.bases import model_type_of, weights_of
 from peftarray.errors import ConfigError, ShapeError, UnsupportedError
 from peftarray.inits.loftq import codec_of_bits, loftq_factors, settings_of
 from peftarray.methods import LoraConfig
 from peftarray.model import PeftModel, get_peft_model
+from peftarray.model.bases import model_type_of, weights_of
 from peftarray.quant import MLX
 from peftarray.quantised_weight import QuantisedWeight, quantised_weight
 from peftarray.quantising import Choice, is_plain, quantised

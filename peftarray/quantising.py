@@ -10,13 +10,13 @@ import numpy as np
 
 from peftarray import trees
 from peftarray.arrays import Array
-from peftarray.bases import backend_of_module, model_type_of, weights_of
 from peftarray.errors import ConfigError, MatchError, ShapeError, nearest
 from peftarray.formats.models import input_embedding_names
 from peftarray.methods import LoraConfig
+from peftarray.model.bases import backend_of_module, model_type_of, weights_of
+from peftarray.model.sites import TASK_HEADS, find_sites, heads_among
 from peftarray.quant import Codec, codec_of
 from peftarray.quantised_weight import QuantisedWeight, quantised_weight
-from peftarray.sites import TASK_HEADS, find_sites, heads_among
 from peftarray.targets import ends_with
 
 __all__ = ["Choice", "quantize"]

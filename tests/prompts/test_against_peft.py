@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from peftarray import models
 from peftarray.formats.prompts import load_prompt, save_prompt
-from peftarray.prompted import PromptModel
+from peftarray.model.prompted import PromptModel
 from peftarray.prompts import PROMPTS, Host, PromptTuningConfig
 
 SHARE = 1e-5

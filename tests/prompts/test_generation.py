@@ -7,7 +7,7 @@ import pytest
 
 from peftarray import models
 from peftarray.errors import PeftError
-from peftarray.prompted import PromptModel
+from peftarray.model.prompted import PromptModel
 from peftarray.prompts import AdaptionPromptConfig, PrefixTuningConfig, PromptTuningConfig
 
 MODELS = (

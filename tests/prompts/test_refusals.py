@@ -12,7 +12,7 @@ from peftarray.errors import ConfigError, MatchError, PeftError, ShapeError, Uns
 from peftarray.formats.peft_config import read_config
 from peftarray.formats.prompts import save_prompt
 from peftarray.inspection import inspect
-from peftarray.prompted import PromptModel
+from peftarray.model.prompted import PromptModel
 from peftarray.prompts import PROMPTS, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 2, "n_head": 2}

@@ -12,7 +12,7 @@ import pytest
 import peftarray as pa
 from peftarray import ConfigError, LoraConfig, PrefixTuningConfig, PromptTuningConfig, UnsupportedError, models
 from peftarray.model import PeftModel
-from peftarray.prompted import PromptModel
+from peftarray.model.prompted import PromptModel
 
 from .libraries import on_libraries
 

@@ -226,17 +226,20 @@ def _fail(*_: Any, **__: Any) -> Any:
 # Each verb, and the step within it that fails.
 MIDDLES: dict[str, tuple[Callable[[PeftModel, Path], Any], str]] = {
     "add_adapter": (lambda m, _: m.add_adapter("new", CONFIGS["lora"]), "peftarray.method.AdapterConfig.init_params"),
-    "add_adapter, later": (lambda m, _: m.add_adapter("new", CONFIGS["lora"]), "peftarray.registry.Registry.fitted"),
+    "add_adapter, later": (
+        lambda m, _: m.add_adapter("new", CONFIGS["lora"]),
+        "peftarray.model.registry.Registry.fitted",
+    ),
     "load_adapter": (lambda m, f: m.load_adapter(f, "new"), "peftarray.formats.peft_writer._beside"),
-    "load_adapter, lazily": (lambda m, f: m.load_adapter(f, "new", lazy=True), "peftarray.saving.open_weights"),
-    "set_adapter": (lambda m, _: m.set_adapter(["b", "c"]), "peftarray.registry.check_together"),
+    "load_adapter, lazily": (lambda m, f: m.load_adapter(f, "new", lazy=True), "peftarray.model.saving.open_weights"),
+    "set_adapter": (lambda m, _: m.set_adapter(["b", "c"]), "peftarray.model.registry.check_together"),
     "set_adapter, loading": (lambda m, _: m.set_adapter("lazy"), "peftarray.formats.peft_writer._beside"),
     "weights_for, loading": (lambda m, _: m.weights_for(["a", "lazy"]), "peftarray.formats.peft_writer._beside"),
-    "delete_adapter": (lambda m, _: m.delete_adapter("a"), "peftarray.registry.replace"),
-    "rename_adapter": (lambda m, _: m.rename_adapter("a", "z"), "peftarray.registry.replace"),
-    "hotswap": (lambda m, f: m.hotswap("a", f), "peftarray.registry.Registry.activated"),
+    "delete_adapter": (lambda m, _: m.delete_adapter("a"), "peftarray.model.registry.replace"),
+    "rename_adapter": (lambda m, _: m.rename_adapter("a", "z"), "peftarray.model.registry.replace"),
+    "hotswap": (lambda m, f: m.hotswap("a", f), "peftarray.model.registry.Registry.activated"),
     "hotswap, loading": (lambda m, f: m.hotswap("a", f), "peftarray.formats.peft_writer._beside"),
-    "set_scale": (lambda m, _: m.set_scale("a", 2.0), "peftarray.registry.Registry.replaced"),
+    "set_scale": (lambda m, _: m.set_scale("a", 2.0), "peftarray.model.registry.Registry.replaced"),
     "set_capacity": (lambda m, f: m.set_capacity(1, f / "spill"), "peftarray.formats.peft_writer.write_folder"),
     "merge_adapter": (lambda m, _: m.merge_adapter(["b"]), "peftarray.adapter.Adapter.merge"),
     "merged": (lambda m, _: m.merged("b").__enter__(), "peftarray.adapter.Adapter.merge"),
@@ -244,7 +247,7 @@ MIDDLES: dict[str, tuple[Callable[[PeftModel, Path], Any], str]] = {
     "slots": (lambda m, _: m.slots(["a", "lazy"], max_rank=4), "peftarray.formats.peft_writer._beside"),
     "params": (
         lambda m, _: setattr(m, "params", dict(m.params)),
-        "peftarray.adapter_sets.AdapterSet.with_trained",
+        "peftarray.model.adapter_sets.AdapterSet.with_trained",
     ),
 }
 

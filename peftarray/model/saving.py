@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peftarray import trees
-from peftarray.adapter_sets import AdapterSet, Loaded, PromptSet
 from peftarray.arrays import Array
-from peftarray.bases import model_type_of, weights_of
-from peftarray.creation import module_of
 from peftarray.errors import MatchError, nearest
 from peftarray.formats.peft import open_weights
 from peftarray.formats.peft_config import read_config
@@ -18,9 +15,12 @@ from peftarray.formats.peft_writer import load_adapters, save_adapters
 from peftarray.formats.prompts import holds_prompt, read_prompt_config, save_prompt
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
-from peftarray.prompted import PromptModel
+from peftarray.model.adapter_sets import AdapterSet, Loaded, PromptSet
+from peftarray.model.bases import model_type_of, weights_of
+from peftarray.model.creation import module_of
+from peftarray.model.prompted import PromptModel
+from peftarray.model.sites import TOKENS, find_sites, module_here
 from peftarray.prompts import Prompt
-from peftarray.sites import TOKENS, find_sites, module_here
 from peftarray.targets import is_saved
 
 __all__ = ["adapter_folder", "check_folder", "load_adapter", "save_adapter"]

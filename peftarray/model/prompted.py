@@ -15,9 +15,9 @@ from peftarray.draws import dropout
 from peftarray.errors import ConfigError, MatchError, UnsupportedError, nearest
 from peftarray.formats.prompts import load_prompt, save_prompt, source_prompt
 from peftarray.method_dropout import Drop
+from peftarray.model.sites import saved_modules, with_heads
+from peftarray.model.summary import trainable_summary
 from peftarray.prompts import Host, Prompt, VirtualTokens
-from peftarray.sites import saved_modules, with_heads
-from peftarray.summary import trainable_summary
 from peftarray.targets import is_saved
 
 __all__ = ["PromptModel", "check_words"]

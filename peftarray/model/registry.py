@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from peftarray.acting import check_together
-from peftarray.adapter_sets import AdapterSet, Loaded, PromptSet
 from peftarray.arrays import Array, device, is_short, namespace, to_host
 from peftarray.errors import ConfigError, MatchError, UnsupportedError, nearest
 from peftarray.method import AdapterConfig
+from peftarray.model.acting import check_together
+from peftarray.model.adapter_sets import AdapterSet, Loaded, PromptSet
 from peftarray.prompts import Prompt
 
 __all__ = ["BASE_NAME", "AdapterSet", "Entry", "Loaded", "PromptSet", "Registry", "Shelf"]

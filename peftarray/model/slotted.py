@@ -12,12 +12,12 @@ from typing import Any, Self
 
 from peftarray import trees
 from peftarray.adapter import beside_short
-from peftarray.adapter_sets import AdapterSet, Loaded
 from peftarray.arrays import Array, integers
-from peftarray.bases import weights_of
 from peftarray.errors import ConfigError, MatchError, UnsupportedError, nearest
 from peftarray.layers import Layer, contract
 from peftarray.method import AdapterConfig
+from peftarray.model.adapter_sets import AdapterSet, Loaded
+from peftarray.model.bases import weights_of
 from peftarray.slots import Factors, put_slot, slot_factors, slot_update, stack_slots
 from peftarray.stand_in import OverArray, kind_for
 

@@ -15,17 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from peftarray import trees
-from peftarray.acting import Acting, Make
 from peftarray.adapter import Adapter
-from peftarray.adapter_verbs import AdapterVerbs, Merged, Names
 from peftarray.arrays import Array, Params
-from peftarray.bases import backend_of_module, weights_of
 from peftarray.errors import ConfigError, MatchError, UnsupportedError, nearest
 from peftarray.formats.prompts import holds_prompt
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
-from peftarray.model_status import status_of
-from peftarray.model_weights import (
+from peftarray.model.acting import Acting, Make
+from peftarray.model.bases import backend_of_module, weights_of
+from peftarray.model.prompted import PromptModel, check_words
+from peftarray.model.registry import BASE_NAME, AdapterSet, PromptSet
+from peftarray.model.registry_status import status_of
+from peftarray.model.saving import adapter_folder, save_adapter
+from peftarray.model.slotted import AdapterSlots, slots_of
+from peftarray.model.status import Status
+from peftarray.model.summary import trainable_summary
+from peftarray.model.verbs import AdapterVerbs, Merged, Names
+from peftarray.model.weights import (
     check_finite,
     effective,
     in_precision,
@@ -35,13 +41,7 @@ from peftarray.model_weights import (
     with_dropout,
     with_weights,
 )
-from peftarray.prompted import PromptModel, check_words
 from peftarray.prompts import Prompt
-from peftarray.registry import BASE_NAME, AdapterSet, PromptSet
-from peftarray.saving import adapter_folder, save_adapter
-from peftarray.slotted import AdapterSlots, slots_of
-from peftarray.status import Status
-from peftarray.summary import trainable_summary
 
 __all__ = ["PeftModel", "get_peft_model", "trainable_summary"]
 
@@ -63,7 +63,7 @@ def get_peft_model(
         config: the method, with `target_modules`; or a soft prompt, for a model of `peftarray.models` or transformers.
         seed: the same seed gives the same adapter on every library.
         adapter_name: what the adapter is called.
-        layers: module's name -> its layer, for what a mapping does not say; see `peftarray.sites.find_sites`.
+        layers: module's name -> its layer, for what a mapping does not say; see `peftarray.model.sites.find_sites`.
         token_ids: the words that a soft prompt starts from, as the model's tokenizer numbers them.
 
     Returns:

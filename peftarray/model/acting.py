@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from peftarray.adapter import Adapter
-from peftarray.adapter_sets import AdapterSet, Loaded, PromptSet
 from peftarray.arrays import Array, namespace
 from peftarray.composition import Composition, composed
 from peftarray.errors import UnsupportedError
+from peftarray.model.adapter_sets import AdapterSet, Loaded, PromptSet
 
 __all__ = ["Acting", "Make", "changed_arrays", "check_together"]
 

@@ -8,17 +8,17 @@ from dataclasses import replace
 from typing import Any
 
 from peftarray import trees
-from peftarray.acting import Acting, Make, changed_arrays
 from peftarray.adapted_weight import adapted
 from peftarray.adapter import Adapter
-from peftarray.adapter_sets import PromptSet
 from peftarray.arrays import Array, namespace
-from peftarray.bases import untied_heads, weights_of
 from peftarray.composition import Composition
 from peftarray.draws import dropout
 from peftarray.errors import ConfigError, NumberError
 from peftarray.method_dropout import Drop
-from peftarray.mixed_batches import mixed_arrays, mixed_prompts
+from peftarray.model.acting import Acting, Make, changed_arrays
+from peftarray.model.adapter_sets import PromptSet
+from peftarray.model.bases import untied_heads, weights_of
+from peftarray.model.mixed_batches import mixed_arrays, mixed_prompts
 from peftarray.quantised_weight import QuantisedWeight
 from peftarray.stand_in import formed
 

@@ -6,17 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from peftarray import trees
-from peftarray.adapter_sets import AdapterSet, Loaded, PromptSet
 from peftarray.arrays import Array, namespace
-from peftarray.bases import model_type_of, weights_of
 from peftarray.combining import Recipe, combine_sets
 from peftarray.errors import UnsupportedError
 from peftarray.formats.peft_writer import SavedAdapters
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
-from peftarray.prompted import PromptModel
-from peftarray.prompts import Prompt
-from peftarray.sites import (
+from peftarray.model.adapter_sets import AdapterSet, Loaded, PromptSet
+from peftarray.model.bases import model_type_of, weights_of
+from peftarray.model.prompted import PromptModel
+from peftarray.model.sites import (
     TOKENS,
     Site,
     check_training,
@@ -29,6 +28,7 @@ from peftarray.sites import (
     with_heads,
     with_names,
 )
+from peftarray.prompts import Prompt
 from peftarray.targets import is_saved
 
 __all__ = ["combined", "module_of", "new_adapter"]

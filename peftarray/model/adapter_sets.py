@@ -9,8 +9,8 @@ from typing import Any
 from peftarray.adapter import Adapter
 from peftarray.arrays import Array, Params
 from peftarray.method import AdapterConfig
+from peftarray.model.sites import Site
 from peftarray.prompts import Prompt
-from peftarray.sites import Site
 
 __all__ = ["AdapterSet", "Loaded", "PromptSet"]
 

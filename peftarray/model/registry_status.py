@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from peftarray.adapter_sets import AdapterSet
 from peftarray.arrays import Array, device
-from peftarray.registry import Registry
-from peftarray.status import LayerStatus, Status, layer_status
+from peftarray.model.adapter_sets import AdapterSet
+from peftarray.model.registry import Registry
+from peftarray.model.status import LayerStatus, Status, layer_status
 
 __all__ = ["status_of"]
 

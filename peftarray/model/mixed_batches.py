@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from peftarray.acting import Acting, Make, changed_arrays
-from peftarray.adapter_sets import PromptSet
 from peftarray.arrays import Array, device, integers, namespace
 from peftarray.errors import UnsupportedError
 from peftarray.method_dropout import Drop
 from peftarray.mixed import mixed_bias, mixed_weight
+from peftarray.model.acting import Acting, Make, changed_arrays
+from peftarray.model.adapter_sets import PromptSet
 from peftarray.prompts.prompt import COUNTS, KEY_VALUES, TOKENS
 
 __all__ = ["mixed_arrays", "mixed_prompts"]

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from peftarray import trees
-from peftarray.bases import weights_of
 from peftarray.combining import Recipe
-from peftarray.creation import combined, new_adapter
 from peftarray.errors import ConfigError
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
 from peftarray.methods.adalora_budget import pruned_adapters
+from peftarray.model.bases import weights_of
+from peftarray.model.creation import combined, new_adapter
+from peftarray.model.registry import AdapterSet, Entry, Loaded, PromptSet, Registry, Shelf
+from peftarray.model.saving import check_folder, load_adapter, save_adapter
 from peftarray.prompts import Prompt
-from peftarray.registry import AdapterSet, Entry, Loaded, PromptSet, Registry, Shelf
-from peftarray.saving import check_folder, load_adapter, save_adapter
 
 __all__ = ["AdapterVerbs", "Merged", "Names"]
 
