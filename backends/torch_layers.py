@@ -1,4 +1,4 @@
-"""torch's layers with an adapter: one wrapper for all methods, with the names that PEFT's modules have.
+"""torch's layers with adapters: one wrapper for all methods, with the names that PEFT's modules have.
 
 `<layer>.base_layer` is the layer, and a method's array `lora_A` of the adapter `default` is the parameter
 `<layer>.lora_A.default.weight`, or `<layer>.hada_w1_a.default` where a file has no `.weight` behind its name.
@@ -6,208 +6,277 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from peftarray.backends.torch_forwarding import Forwarding
+from peftarray.backends.torch_kinds import Way, is_packed, way_of, ways
+from peftarray.backends.torch_rows import Rows
+from peftarray.backends.torch_switch import Acting, Switch
 from torch import nn
 from torch.nn import functional
 
 from peftarray.adapted_weight import AdaptedWeight, adapted
 from peftarray.adapter import Adapter
-from peftarray.arrays import Array, namespace
+from peftarray.arrays import namespace
+from peftarray.composition import Composition, composed
 from peftarray.errors import NumberError, UnsupportedError
-from peftarray.layers import Kind, Layer, Window
+from peftarray.layers import Layer
 from peftarray.method import AdapterConfig, Param
-from peftarray.method_dropout import Dropout
-from peftarray.methods import TrainableTokensConfig
+from peftarray.slots import Factors, padded, slot_update, stack_slots, thin_factors, why_no_slot
 from peftarray.stand_in import kind_for
 from peftarray.widened import Widened
 
-__all__ = ["AdaptedLayer", "Arrays", "SavedModule", "TiedHead", "TokenRows", "base_weight", "layer_of"]
-
-_FORWARDS = tuple(kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding))
-_NO_DROPOUT = Dropout()
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def layer_of(name: str, module: Any, config: AdapterConfig) -> Layer | None:
-    """What a method knows of a module, None where it is of no kind that methods adapt."""
-    kind: Kind = "linear"
-    flip, window = False, Window()
-    if isinstance(module, nn.Linear):
-        shape: tuple[int, ...] = (module.out_features, module.in_features)
-    elif _is_conv1d(module):
-        shape, flip = tuple(module.weight.shape[::-1]), True
-    elif isinstance(module, nn.Embedding):
-        kind, flip = "embedding", config.embedding_transposed
-        shape = (module.num_embeddings, module.embedding_dim)[:: -1 if flip else 1]
-    elif isinstance(module, _CONVOLUTIONS):
-        kind, shape, window = "conv", tuple(module.weight.shape), _window(module)
-    else:
-        return None
-    has_bias = kind != "embedding" and module.bias is not None
-    return Layer(name, kind, shape, flip, has_bias, window, str(module.weight.dtype).rpartition(".")[2])
-
-
-def base_weight(module: Any, layer: Layer) -> Array:
-    """The weight beside which an adapter is made; where the module stores it packed, one of zeros without memory.
-
-    Raises:
-        UnsupportedError: the weight is not loaded.
-    """
-    weight = module.weight
-    if weight.is_meta:
-        message = f"the weight of {layer.name} is on the meta device; load the model's weights first"
-        raise UnsupportedError(message)
-    if _is_packed(module, layer):
-        return torch.zeros((), device=weight.device).expand(layer.stored_shape)
-    return weight.detach()
+__all__ = ["AdaptedLayer", "Arrays"]
 
 
 class Arrays(nn.Module):
     """Arrays by name: parameters where they are trained, buffers where not."""
 
     def put(self, name: str, array: torch.Tensor, row: Param, trainable: bool) -> None:
-        """Hold an array under a name."""
+        """Hold an array under a name; a parameter stays the one that it is."""
         if row.frozen or not array.is_floating_point():
             self.register_buffer(name, array, persistent=row.stored)
         else:
-            self.register_parameter(name, nn.Parameter(array, requires_grad=trainable))
+            parameter = array if isinstance(array, nn.Parameter) else nn.Parameter(array, requires_grad=trainable)
+            parameter.requires_grad = trainable
+            self.register_parameter(name, parameter)
 
     def extra_repr(self) -> str:
         arrays = {**self._parameters, **self._buffers}
         return ", ".join(f"{name}={tuple(array.shape)}" for name, array in arrays.items() if array is not None)
 
 
-class AdaptedLayer(nn.Module):
-    """A layer with an adapter.
+class AdaptedLayer(Forwarding):
+    """A layer with adapters.
 
     Attributes:
         base_layer: the layer.
         methods: name of an adapter -> its method, and what it knows of the layer.
-        active: the name of the adapter that acts; None for none.
+        switch: says which of them act.
     """
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.training = base_layer.training
+        self.switch = switch
         self.methods: dict[str, tuple[AdapterConfig, Layer]] = {}
-        self.active: str | None = None
         self._places: dict[str, tuple[tuple[str, Arrays, str], ...]] = {}
-        self._ways: dict[str, str] = {}
+        self._ways: dict[str, Way] = {}
+        self._stackable: dict[str, bool] = {}
+        self._kept: tuple[Any, Factors, list[torch.Tensor]] | None = None
+        self._slot_layer: Layer | None = None
 
-    def add(self, name: str, adapter: Adapter, shared: Mapping[str, tuple[Arrays, str]]) -> None:
-        """Hold an adapter under a name, and let it act.
+    # What it holds.
+
+    def put(self, name: str, adapter: Adapter, shared: Mapping[str, tuple[Arrays, str]]) -> None:
+        """Hold an adapter under a name that is free.
 
         Args:
             name: of the adapter.
             adapter: with its arrays.
             shared: name of what layers share -> where it is held.
         """
-        places = []
+        # What stands before the layer, as a tied head does, changes nothing of how methods see it.
+        own = self.base_layer.behind if isinstance(self.base_layer, Forwarding) else self.base_layer
+        way = way_of(own, adapter.config, adapter.layer)
+        self.methods[name] = (adapter.config, adapter.layer)
+        places: list[tuple[str, Arrays, str]] = []
         for key, row in adapter.config.params(adapter.layer).items():
             if row.shared is not None:
                 places.append((key, *shared[row.shared]))
                 continue
             stem, _, last = (row.disk or key).partition(".")
-            holder = self._child(self, stem)
-            last, holder = (last, self._child(holder, name)) if last else (name, holder)
+            holder = _child(self, stem)
+            last, holder = (last, _child(holder, name)) if last else (name, holder)
             holder.put(last, adapter.params[key], row, adapter.trainable)
             places.append((key, holder, last))
         self._places[name] = tuple(places)
-        self.methods[name] = (adapter.config, adapter.layer)
-        self._ways[name] = self._way(adapter.config, adapter.layer)
-        self.active = name
+        self._ways[name] = way
+        self._stackable[name] = way == "apart" and why_no_slot(adapter) is None
+
+    def drop(self, name: str) -> None:
+        """Hold an adapter no longer, even one that was put only in part."""
+        for stem, holder in list(self._modules.items()):
+            if isinstance(holder, Arrays):
+                for held in (holder._modules, holder._parameters, holder._buffers):
+                    held.pop(name, None)
+                if not (holder._modules or holder._parameters or holder._buffers):
+                    del self._modules[stem]
+        for table in (self.methods, self._places, self._ways, self._stackable):
+            table.pop(name, None)
+        self._kept = None
+
+    def take_slots(self, stacks: Factors) -> None:
+        """Hold stacked factors, from which an index chooses those that act."""
+        for name, stack in zip(("slot_down", "slot_up"), stacks, strict=True):
+            self.register_buffer(name, stack, persistent=False)
+        # For the code of a compiler, which must not look at the adapters.
+        self._slot_layer = next(iter(self.methods.values()))[1]
+
+    def leave_slots(self) -> None:
+        """Hold none any more."""
+        del self.slot_down, self.slot_up
+        self._slot_layer = None
 
     def adapter(self, name: str) -> Adapter:
         """The adapter of this name, with the arrays that it has now."""
         method, layer = self.methods[name]
         return Adapter(method, layer, {key: getattr(holder, last) for key, holder, last in self._places[name]})
 
+    def parameters_of(self, name: str) -> Iterator[tuple[dict[str, nn.Parameter | None], str]]:
+        """Where that lies which may be trained of an adapter."""
+        for _, holder, last in self._places[name]:
+            if last in holder._parameters:
+                yield holder._parameters, last
+
+    # What acts.
+
     def forward(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         """The layer's output, adapted."""
-        base = self.base_layer
-        if self.active is None:
-            return base(x, *arguments, **options)
-        adapter, way = self.adapter(self.active), self._ways[self.active]
-        drop = _drop if self.training and adapter.config.dropout() != _NO_DROPOUT else None
-        if way == "apart":
-            y = base(x, *arguments, **options)
-            bias = base.bias if "bias" in adapter.config.touches(adapter.layer) else None
-            z = y + adapter.added(_widened(x), bias=bias, drop=drop)
-            return z if z.dtype is y.dtype else z.to(y.dtype)
-        if way == "instead":
-            return adapter.forward(x, base.weight, bias=getattr(base, "bias", None), drop=drop)
-        return torch.func.functional_call(base, self._effective(adapter), (x, *arguments), options)
+        now = self.switch.now
+        if now.rows is not None:
+            return self._by_rows(now, x, arguments, options)
+        if now.index is not None:
+            y = self.base_layer(x, *arguments, **options)
+            assert self._slot_layer is not None
+            index = now.index.to(x.device)
+            return _plus(y, slot_update(_widened(x), self.slot_down, self.slot_up, index, self._slot_layer))
+        return self._acted(self._here(now.names), now.scales, x, arguments, options)
+
+    @property
+    def behind(self) -> nn.Module:
+        return self.base_layer
 
     @property
     def weight(self) -> Any:
         """What stands for the effective weight, for modules that read the weight of another."""
-        if self.active is None:
-            return self.base_layer.weight
-        return adapted(self.adapter(self.active), self.base_layer.weight)
+        acting = self._acting_for_all()
+        return self.base_layer.weight if acting is None else adapted(acting, self.base_layer.weight)
 
     @property
     def bias(self) -> Any:
         """The effective bias."""
-        base = getattr(self.base_layer, "bias", None)
-        if self.active is None or base is None:
-            return base
-        return self.adapter(self.active).merge_bias(base, self.base_layer.weight)
+        acting, base = self._acting_for_all(), getattr(self.base_layer, "bias", None)
+        return base if acting is None or base is None else acting.merge_bias(base, self.base_layer.weight)
 
-    def merged(self, safe: bool) -> nn.Module:
-        """The layer, with the adapter merged into it."""
-        if self.active is not None:
-            effective = self._effective(self.adapter(self.active))
-            for name, array in effective.items():
-                if safe and not bool(torch.isfinite(array).all()):
-                    where = self.methods[self.active][1].name
-                    message = f"the {name} of {where} would hold NaN or infinity after merging; the adapter is broken"
-                    raise NumberError(message)
-            for name, array in effective.items():
-                # A new parameter: another layer that shares the old one keeps it.
-                setattr(self.base_layer, name, nn.Parameter(array.detach(), requires_grad=False))
-        return self.base_layer
+    def effective(self, names: tuple[str, ...], scales: Mapping[str, float], *, safe: bool) -> dict[str, nn.Parameter]:
+        """The layer's own parameters as these adapters make them; none where it has none of them.
 
-    def __getattr__(self, name: str) -> Any:
-        """What this module has, or else what the layer has."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
+        Raises:
+            NumberError: one holds NaN or infinity, and `safe`.
+        """
+        here = self._here(names)
+        if here and is_packed(own := self.base_layer, self.methods[here[0]][1]):
+            message = (
+                f"{self.methods[here[0]][1].name}: this {type(own).__name__} stores its weight packed, so nothing can "
+                "be merged into it; run the adapter beside it, or load the model with plain weights"
+            )
+            raise UnsupportedError(message)
+        found = self._effective(self._composed(here, scales)) if here else {}
+        for key, array in found.items():
+            if safe and not bool(torch.isfinite(array).all()):
+                message = (
+                    f"the {key} of {self.methods[names[0]][1].name} would hold NaN or infinity after merging; the "
+                    "adapter is broken"
+                )
+                raise NumberError(message)
+        return {key: nn.Parameter(array.detach(), requires_grad=False) for key, array in found.items()}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={type(method).__name__}" for name, (method, _) in self.methods.items())
 
-    def _way(self, method: AdapterConfig, layer: Layer) -> str:
-        """How the layer's output is made: the update `"apart"` and added, the method's path `"instead"` of the layer's
-        own, or the layer's own, which does what no method knows of, on the effective weight (`"within"`).
-        """
-        base = self.base_layer
-        if isinstance(base, _CONVOLUTIONS):
-            is_plain = base.padding_mode == "zeros" and not isinstance(base.padding, str)
-        else:
-            is_plain = not isinstance(base, nn.Embedding) or base.max_norm is None
-        is_plain = is_plain and (type(base).forward in _FORWARDS or _is_conv1d(base))
-        is_packed = _is_packed(base, layer)
-        if method.adds_apart() and (is_plain or is_packed):
-            return "apart"
-        if is_packed:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    def _here(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of these adapters that this layer has."""
+        return tuple(name for name in names if name in self.methods)
+
+    def _composed(self, names: tuple[str, ...], scales: Mapping[str, float]) -> Adapter | Composition:
+        return composed([self.adapter(name) for name in names], [scales.get(name, 1.0) for name in names])
+
+    def _acting_for_all(self) -> Adapter | Composition | None:
+        now = self.switch.now
+        if now.rows is not None and any(name in self.methods for name in now.rows.adapters):
+            where = next(iter(self.methods.values()))[1].name
             message = (
-                f"{layer.name}: {type(method).__name__} needs the weight, and this {type(base).__name__} stores it "
-                "packed; use a method that adds to the output, such as LoRA"
+                f"the model reads the weight of {where} without calling it, and with adapter_names each row has "
+                "another; leave that module out of the targets, or run one adapter at a time"
             )
             raise UnsupportedError(message)
-        # Hooks, such as those that move a model's inputs between devices, run with the layer.
-        is_hooked = bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
-        return "instead" if is_plain and not is_hooked else "within"
+        here = self._here(now.names) if now.rows is None else ()
+        return self._composed(here, now.scales) if here else None
 
-    def _effective(self, adapter: Adapter) -> dict[str, torch.Tensor]:
-        touches, base = adapter.config.touches(adapter.layer), self.base_layer
+    def _acted(
+        self, names: tuple[str, ...], scales: Mapping[str, float], x: torch.Tensor, arguments: Any, options: Any
+    ) -> Any:
+        base = self.base_layer
+        if not names:
+            return base(x, *arguments, **options)
+        adapter, way = self._composed(names, scales), ways(self._ways, names)
+        drop = _drop if self.training and adapter.drops() else None
+        if way == "apart":
+            y = base(x, *arguments, **options)
+            bias = base.bias if "bias" in adapter.touches() else None
+            return _plus(y, adapter.added(_widened(x), bias=bias, drop=drop))
+        if way == "instead":
+            return adapter.forward(x, base.weight, bias=getattr(base, "bias", None), drop=drop)
+        return torch.func.functional_call(base, self._effective(adapter), (x, *arguments), options)
+
+    def _by_rows(self, now: Acting, x: torch.Tensor, arguments: Any, options: Any) -> torch.Tensor:
+        assert now.rows is not None
+        rows = now.rows.seen_as(self.methods)
+        if not rows.adapters:
+            return self.base_layer(x, *arguments, **options)
+        layer = self.methods[rows.adapters[0]][1]
+        rows = rows.of_batch(x.shape[0], layer.name)
+        if all(self._stackable[name] and not self._drops(name) for name in rows.adapters):
+            y = self.base_layer(x, *arguments, **options)
+            return _plus(y, rows.update(_widened(x), self._stacks(rows, now.scales), layer))
+
+        def run(name: str | None, places: torch.Tensor) -> torch.Tensor:
+            return self._acted(
+                () if name is None else (name,), now.scales, x.index_select(0, places), arguments, options
+            )
+
+        return rows.by_segment(run, x.device)
+
+    def _stacks(self, rows: Rows, scales: Mapping[str, float]) -> Factors:
+        """Factors of the adapters of a batch, in slots; kept while nothing changes them, but not for gradients."""
+        names = rows.adapters
+        arrays = [
+            array
+            for name in names
+            for _, holder, last in self._places[name]
+            for array in (holder._parameters.get(last), holder._buffers.get(last))
+            if array is not None
+        ]
+        wants = torch.is_grad_enabled() and any(array.requires_grad for array in arrays)
+        if wants or torch.compiler.is_compiling() or any(array.is_inference() for array in arrays):
+            return self._stacked(names, scales)
+        key = (names, tuple(scales.get(name, 1.0) for name in names), [(a.data_ptr(), a._version) for a in arrays])
+        if self._kept is None or self._kept[0] != key:
+            with torch.no_grad():
+                # Their memory is held as well, so that no other array has their addresses.
+                self._kept = (key, self._stacked(names, scales), [array.detach() for array in arrays])
+        return self._kept[1]
+
+    def _stacked(self, names: tuple[str, ...], scales: Mapping[str, float]) -> Factors:
+        adapters = [self.adapter(name) for name in names]
+        thin = [thin_factors(a, scale=scales.get(n, 1.0)) for n, a in zip(names, adapters, strict=True)]
+        rank = max(down.shape[0] for down, _ in thin)
+        pairs = [padded(factors, rank) for factors in thin]
+        is_embedding = adapters[0].layer.kind == "embedding"
+        return stack_slots([(down.mT, up) for down, up in pairs] if is_embedding else pairs)
+
+    def _drops(self, name: str) -> bool:
+        return self.training and self.adapter(name).drops()
+
+    def _effective(self, adapter: Adapter | Composition) -> dict[str, torch.Tensor]:
+        touches, base = adapter.touches(), self.base_layer
         found = {}
         if "weight" in touches:
             found["weight"] = adapter.merge(base.weight)
@@ -215,99 +284,18 @@ class AdaptedLayer(nn.Module):
             found["bias"] = adapter.merge_bias(base.bias, base.weight).to(base.bias.dtype)
         return found
 
-    @staticmethod
-    def _child(parent: nn.Module, name: str) -> Arrays:
-        children = dict(parent.named_children())
-        if name not in children:
-            parent.add_module(name, Arrays())
-        return parent.get_submodule(name)  # type: ignore[return-value]
+
+def _child(parent: nn.Module, name: str) -> Arrays:
+    found = parent._modules.get(name)
+    if not isinstance(found, Arrays):
+        found = Arrays()
+        parent.add_module(name, found)
+    return found
 
 
-class TokenRows(nn.Module):
-    """An embedding of which some rows are trained as they are, under PEFT's name for it."""
-
-    def __init__(self, embedding: AdaptedLayer) -> None:
-        super().__init__()
-        self.token_adapter = embedding
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows of the embedding, those that are trained in place of the base's."""
-        return self.token_adapter(x)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "token_adapter":
-                raise
-            return getattr(self.token_adapter, name)
-
-
-class TiedHead(nn.Module):
-    """An output layer whose weight is an embedding's: the rows that the embedding trains are its rows too."""
-
-    def __init__(self, base_layer: nn.Linear, rows: AdaptedLayer) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self._rows = (rows,)  # in a tuple it is no child: its parameters belong to the embedding
-
-    @property
-    def embedding(self) -> Any:
-        """The embedding that it is tied to."""
-        return self._rows[0].base_layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Scores, those of the trained rows by the rows that are trained."""
-        scores = self.base_layer(x)
-        rows = self._rows[0]
-        if rows.active is None:
-            return scores
-        adapter = rows.adapter(rows.active)
-        assert isinstance(adapter.config, TrainableTokensConfig)
-        places = torch.as_tensor(adapter.config.token_indices, device=x.device)
-        mine = functional.linear(x, adapter.params["trainable_tokens_delta"].to(x.dtype))
-        if self.base_layer.bias is not None:
-            mine = mine + self.base_layer.bias[places]
-        return scores.index_copy(-1, places, mine.to(scores.dtype))
-
-    @property
-    def weight(self) -> Any:
-        return self._rows[0].weight
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
-
-
-class SavedModule(nn.Module):
-    """A module that is trained whole, as a copy beside the one that the model came with."""
-
-    def __init__(self, original_module: nn.Module) -> None:
-        super().__init__()
-        self.original_module = original_module
-        self.modules_to_save = nn.ModuleDict()
-        self.active: str | None = None
-
-    def forward(self, *arguments: Any, **options: Any) -> Any:
-        """What the active copy makes."""
-        return self.current(*arguments, **options)
-
-    @property
-    def current(self) -> nn.Module:
-        """The module that acts."""
-        return self.original_module if self.active is None else self.modules_to_save[self.active]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("original_module", "modules_to_save"):
-                raise
-            return getattr(self.current, name)
+def _plus(y: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    z = y + update
+    return z if z.dtype is y.dtype else z.to(y.dtype)
 
 
 def _prepare_kinds() -> None:
@@ -326,21 +314,6 @@ def _widened(x: torch.Tensor) -> torch.Tensor:
     """What meets float32 parameters; under autocast, torch does what is needed by itself."""
     short = x.is_floating_point() and x.dtype.itemsize < 4
     return x.float() if short and not torch.is_autocast_enabled(x.device.type) else x
-
-
-def _is_conv1d(module: Any) -> bool:
-    """Whether it is transformers' Conv1D: a linear layer whose weight is stored `(in, out)`."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def _is_packed(module: Any, layer: Layer) -> bool:
-    weight = module.weight
-    return tuple(weight.shape) != layer.stored_shape or not bool(weight.is_floating_point())
-
-
-def _window(module: Any) -> Window:
-    padding = 0 if isinstance(module.padding, str) else tuple(module.padding)
-    return Window(tuple(module.stride), padding, tuple(module.dilation), module.groups)
 
 
 _prepare_kinds()

@@ -1,4 +1,4 @@
-"""torch's modules with an adapter: `get_peft_model` and `PeftModel.from_pretrained` for a `torch.nn.Module`.
+"""torch's modules with adapters: `get_peft_model` and `PeftModel.from_pretrained` for a `torch.nn.Module`.
 
 The model's layers are wrapped in place, as PEFT does it, and its state dict has PEFT's names: `base_model.model.`
 before the names of the model, `base_layer` and the adapter's name within them.
@@ -6,46 +6,32 @@ before the names of the model, `base_layer` and the adapter's name within them.
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from peftarray.backends.torch_acting import refuse_overlap
 from peftarray.backends.torch_adalora import Budgeted
-from peftarray.backends.torch_layers import (
-    AdaptedLayer,
-    Arrays,
-    SavedModule,
-    TiedHead,
-    TokenRows,
-    base_weight,
-    layer_of,
-)
+from peftarray.backends.torch_drafts import Draft, load_draft, start_draft
+from peftarray.backends.torch_holding import Base, attach, bare, detach, exchange
+from peftarray.backends.torch_layers import AdaptedLayer
+from peftarray.backends.torch_merging import Swap, settle_ties
+from peftarray.backends.torch_rows import BASE
+from peftarray.backends.torch_saved import SavedModule
+from peftarray.backends.torch_slots import Slots
+from peftarray.backends.torch_switch import Acting, Switch
+from peftarray.backends.torch_tree import own_modules
 from torch import nn
 
-from peftarray.adapter import Adapter
-from peftarray.errors import ConfigError, MatchError, UnsupportedError, nearest
-from peftarray.formats.peft_config import read_config
-from peftarray.formats.peft_writer import load_adapters, save_adapters
-from peftarray.layers import Layer
+from peftarray.combining import Recipe, combine_sets
+from peftarray.errors import ConfigError
+from peftarray.formats.peft_writer import SavedAdapters, save_adapters
 from peftarray.method import AdapterConfig
-from peftarray.model import trainable_summary
-from peftarray.sites import (
-    TOKENS,
-    check_training,
-    choose,
-    heads_among,
-    module_here,
-    saved_modules,
-    start_adapters,
-    start_tokens,
-    with_heads,
-    with_names,
-)
-from peftarray.targets import is_saved, targeted
+from peftarray.summary import trainable_summary
 
 __all__ = ["PeftModule", "adapt_module", "load_module"]
 
@@ -54,89 +40,101 @@ def adapt_module(
     module: nn.Module, config: AdapterConfig, *, seed: int = 0, adapter_name: str = "default"
 ) -> PeftModule:
     """A module with a new adapter; `peftarray.get_peft_model` says the rest."""
-    check_training(config)
-    modules = dict(module.named_modules())
-    config = with_heads(config, modules)
-    layers = _layers(modules, config)
-    _refuse_others(modules, layers, config)
-    chosen = choose(layers, config, _heads(module, modules))
-    weights = {name: base_weight(modules[name], layer) for name, layer in layers.items()}
-    adapters = start_adapters((layers[name] for name in chosen), config, weights.__getitem__, seed)
-    embeddings = {name: layer for name, layer in layers.items() if not is_saved(name, config)}
-    adapters |= start_tokens(
-        embeddings, config, weights.__getitem__, chosen=chosen, embedding=_input_embedding(module, modules)
-    )
-    saved = saved_modules(modules, config)
-    return PeftModule(module, with_names(config, chosen), adapters, saved, adapter_name, trainable=True)
+    _refuse_adapted(module)
+    return PeftModule(module, start_draft(module, config, seed=seed), adapter_name, trainable=True)
 
 
 def load_module(
     module: nn.Module, folder: str | Path, *, adapter_name: str = "default", is_trainable: bool = False
 ) -> PeftModule:
     """A module with the adapter in a folder; `peftarray.PeftModel.from_pretrained` says the rest."""
-    config = read_config(Path(folder))
-    modules = dict(module.named_modules())
-    layers = _layers(modules, config)
-    weights: dict[str, Any] = {name: array.detach() for name, array in module.state_dict(keep_vars=True).items()}
-    weights |= {f"{name}.weight": base_weight(modules[name], layer) for name, layer in layers.items()}
-    found = load_adapters(folder, weights, layers=layers)
-    saved = saved_modules(modules, config, strict=False)
-    adapters = {module_here(path, layers): adapter for path, adapter in found.adapters.items()}
-    model = PeftModule(module, config, adapters, saved, adapter_name, trainable=is_trainable)
-    model.replace(found.replace)
-    return model
+    _refuse_adapted(module)
+    return PeftModule(module, load_draft(module, folder), adapter_name, trainable=is_trainable)
 
 
 class PeftModule(Budgeted):
-    """A module with an adapter: it is used like the module, and trained like any other.
+    """A module with adapters: it is used like the module, and trained like any other.
+
+    An adapter that is active acts, and its parameters require a gradient if it is trainable; those of the others do
+    not. Every verb does its work or changes nothing.
 
     Attributes:
         base_model: holds the module as `model`, and what layers share.
-        peft_config: name of an adapter -> its configuration.
-        active_adapter: the name of the one that acts.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        config: AdapterConfig,
-        adapters: Mapping[str, Adapter],
-        saved: list[str],
-        adapter_name: str,
-        *,
-        trainable: bool,
-    ) -> None:
+    holds: ClassVar[tuple[str, ...]] = ("base_model",)
+
+    def __init__(self, module: nn.Module, draft: Draft, adapter_name: str, *, trainable: bool) -> None:
         super().__init__()
-        if "." in adapter_name or not adapter_name:
-            message = f"adapter_name is {adapter_name!r}; it must be a name without dots"
-            raise ConfigError(message)
-        self.base_model = _Base(module)
+        _check_name(adapter_name, ())
+        self.base_model = Base(module)
         self.training = module.training
-        self.peft_config = {adapter_name: config}
-        self.active_adapter = adapter_name
-        self._names = {adapter_name: tuple(adapters)}
+        self._switch = Switch()
+        self._slots: Slots | None = None
+        self._merged: tuple[Swap, ...] = ()
+        self._held = {adapter_name: attach(self.base_model, self._switch, adapter_name, draft, trainable=trainable)}
         for parameter in module.parameters():
             parameter.requires_grad_(False)
-        embeddings = {module.get_submodule(name.removesuffix(TOKENS)): name for name in adapters if TOKENS in name}
-        shared: dict[str, tuple[Arrays, str]] = {}
-        for name, adapter in adapters.items():
-            trained = Adapter(adapter.config, adapter.layer, adapter.params, trainable)
-            self.base_model.share(adapter_name, trained, shared)
-            _wrap(module, name, adapter_name, trained, shared)
-        for name in saved:
-            _save_whole(module, name, adapter_name, trainable)
-        self._tie_heads(module, embeddings)
-        self._train_biases(config, trainable)
+        self.set_adapter(adapter_name)
         # What a training loop looks for in the arguments of `forward` is in those of the module's.
         self.forward = _signed(type(self).forward, module, self)  # type: ignore[method-assign]
 
-    def forward(self, *arguments: Any, **options: Any) -> Any:
-        """What the module makes, adapted."""
-        return self.base_model.model(*arguments, **options)
+    # Running.
+
+    def forward(self, *arguments: Any, adapter_names: Sequence[str | None] | None = None, **options: Any) -> Any:
+        """What the module makes, adapted.
+
+        Args:
+            arguments, options: the module's own.
+            adapter_names: for each row of the batch the adapter that acts on it; None or `"__base__"` for none.
+
+        Raises:
+            MatchError: there is no adapter of a name.
+            ShapeError: there are not as many names as rows.
+        """
+        if adapter_names is None:
+            return self.base_model.model(*arguments, **options)
+        with self._by_rows(adapter_names, repeats=False):
+            return self.base_model.model(*arguments, **options)
+
+    def generate(self, *arguments: Any, adapter_names: Sequence[str | None] | None = None, **options: Any) -> Any:
+        """What the module generates; arguments as for `forward`. Beams of a row have its adapter."""
+        generate: Any = self.base_model.model.generate
+        if adapter_names is None:
+            return generate(*arguments, **options)
+        with self._by_rows(adapter_names, repeats=True):
+            return generate(*arguments, **options)
+
+    @property
+    def behind(self) -> nn.Module:
+        return self.base_model.model
 
     def get_base_model(self) -> nn.Module:
         """The module, with its wrapped layers."""
         return self.base_model.model
+
+    # What there is.
+
+    @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        """Name of an adapter -> its configuration."""
+        return {name: held.config for name, held in self._held.items()}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that are set."""
+        return list(self._switch.now.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The name of the one that is set, or those of several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    def get_adapter(self, adapter_name: str) -> SavedAdapters:
+        """An adapter as a value: its configuration, module's name -> its adapter, and what is trained whole."""
+        held = self._known(adapter_name)
+        return SavedAdapters(held.config, held.adapters(adapter_name), held.whole(adapter_name), held.extra)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many numbers training changes, and how many there are."""
@@ -147,241 +145,231 @@ class PeftModule(Budgeted):
         """Print how many numbers training changes, as PEFT words it."""
         print(trainable_summary(*self.get_nb_trainable_parameters()))
 
-    def freeze(self) -> PeftModule:
-        """Let training change nothing."""
-        return self._set_trained(False)
+    # Coming and going.
 
-    def unfreeze(self) -> PeftModule:
-        """Let training change the adapter again."""
-        return self._set_trained(True)
+    def add_adapter(self, adapter_name: str, peft_config: AdapterConfig, *, seed: int = 0) -> None:
+        """Add a new adapter beside the others. It does not act before it is set.
 
-    def merge_and_unload(self, safe_merge: bool = False) -> nn.Module:
-        """The module with the adapter merged into its weights, in place.
+        Raises:
+            PeftError: of the kind that fits; see `peftarray.errors`. The module is as it was.
+        """
+        self._add(adapter_name, lambda root: start_draft(root, peft_config, seed=seed), trainable=True)
+
+    def load_adapter(
+        self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, *, allow_unknown: bool = False
+    ) -> None:
+        """Add the adapter in a folder beside the others. It does not act before it is set.
+
+        Args:
+            model_id: the folder.
+            adapter_name: a name that is new.
+            is_trainable: whether training changes it where it acts.
+            allow_unknown: pass over fields of its configuration that are not known here and are set; they are kept.
+
+        Raises:
+            PeftError: of the kind that fits; see `peftarray.errors`. The module is as it was.
+        """
+        self._add(
+            adapter_name, lambda root: load_draft(root, model_id, allow_unknown=allow_unknown), trainable=is_trainable
+        )
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        *,
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        seed: int = 0,
+    ) -> None:
+        """Add the LoRA adapter that stands for several, which stay; it is not active, and not trained.
+
+        Args:
+            adapters: names of those to combine, each taken with its scale.
+            weights: one for each.
+            adapter_name: a name that is new.
+            combination_type: one of `peftarray.combining.COMBINATIONS`.
+            svd_rank, density, majority_sign_method, seed: as `rank`, `density`, `majority_sign` and `seed` of
+                `peftarray.Recipe`.
+
+        Raises:
+            PeftError: of the kind that fits; see `peftarray.errors`. The module is as it was.
+        """
+        recipe = Recipe(
+            combination=combination_type,
+            rank=svd_rank,
+            density=density,
+            majority_sign=majority_sign_method,
+            seed=seed,
+        )
+        if len(weights) != len(adapters):
+            message = f"{len(weights)} weights are given for {len(adapters)} adapters; give one for each"
+            raise ConfigError(message)
+        scaled = [weight * self._now.scales.get(name, 1.0) for name, weight in zip(adapters, weights, strict=True)]
+        found = [self.get_adapter(name) for name in adapters]
+
+        def make(root: nn.Module) -> Draft:
+            own = dict(own_modules(root))
+            with torch.no_grad():
+                made = combine_sets(found, scaled, recipe, base=lambda name, _: own[name].weight, names=list(adapters))
+            return load_draft(root, made.saved)
+
+        self._add(adapter_name, make, trainable=False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter away, and its memory. Where it was the only one that is set, none is afterwards.
+
+        Raises:
+            MatchError: there is none of that name.
+        """
+        held = self._known(adapter_name)
+        self._refuse_merged("delete an adapter")
+        now, slots = self._now, None if self._slots is None else self._slots.without(adapter_name)
+        active = tuple(name for name in now.active if name != adapter_name)
+        scales = {name: scale for name, scale in now.scales.items() if name != adapter_name}
+        self._act(replace(now, active=active, scales=scales), slots)
+        self._held = {name: other for name, other in self._held.items() if name != adapter_name}
+        detach(self.base_model, adapter_name, held.layers, held.saved)
+
+    def rename_adapter(self, adapter_name: str, new_name: str) -> None:
+        """Give an adapter another name; its parameters stay the same ones.
+
+        Raises:
+            MatchError: there is none of that name.
+            ConfigError: the new name is taken, or cannot be one.
+        """
+        held, now = self._known(adapter_name), self._now
+        self._refuse_merged("rename an adapter")
+        _check_name(new_name, self._held)
+
+        def renamed(name: str) -> str:
+            return new_name if name == adapter_name else name
+
+        try:
+            again = attach(self.base_model, self._switch, new_name, held.draft(adapter_name), trainable=held.trainable)
+        finally:
+            held.let_train(held.trainable and adapter_name in now.active)
+        again = replace(again, tensors=held.tensors, budget=held.budget)
+        slots = None if self._slots is None else self._slots.renamed(adapter_name, new_name)
+        scales = {renamed(name): scale for name, scale in now.scales.items()}
+        self._held = {renamed(name): again if name == adapter_name else old for name, old in self._held.items()}
+        self._act(replace(now, active=tuple(map(renamed, now.active)), scales=scales), slots)
+        detach(self.base_model, adapter_name, held.layers, held.saved)
+
+    def hotswap(self, adapter_name: str, source: str | Path | SavedAdapters) -> None:
+        """Let another adapter take the place and name of one; it acts if that one does.
+
+        Args:
+            adapter_name: of the one that goes.
+            source: a folder, or an adapter in memory as `get_adapter` gives it, of which a copy is taken.
+
+        Raises:
+            PeftError: of the kind that fits; see `peftarray.errors`. The module is as it was.
+        """
+        old, now = self._known(adapter_name), self._now
+        self._refuse_merged("swap an adapter")
+        with self._pristine():
+            draft = load_draft(self.base_model.model, source)
+            refuse_overlap(now.active, {**self._held, adapter_name: draft})
+            factors = None if self._slots is None else self._slots.factors(draft, now.scales.get(adapter_name, 1.0))
+            found, wrong = exchange(self.base_model, self._switch, adapter_name, old, draft)
+            self._held = {name: found if name == adapter_name else held for name, held in self._held.items()}
+            found.let_train(found.trainable and adapter_name in now.active)
+        if wrong is not None:
+            raise wrong
+        if self._slots is not None and factors is not None:
+            self._slots.write(adapter_name, factors)
+
+    def save_pretrained(
+        self, save_directory: str | Path, selected_adapters: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        """Write adapters as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+
+        An adapter that is not called `"default"` goes to a folder of its name within the directory.
+
+        Args:
+            save_directory: made if it does not exist.
+            selected_adapters: names; all of them if None.
+
+        Raises:
+            MatchError: there is none of a name.
+        """
+        chosen = {name: self._known(name) for name in (self._held if selected_adapters is None else selected_adapters)}
+        for name, held in chosen.items():
+            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+            whole = {key: parameter.detach() for key, parameter in held.whole(name).items()}
+            config, adapters = held.budget.within(held.config, held.adapters(name))
+            save_adapters(folder, config, adapters, replace=whole, extra=held.extra)
+
+    # Ends.
+
+    def merge_and_unload(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> nn.Module:
+        """The module with adapters merged into its weights, in place; nothing of the adapters is left in it.
 
         Args:
             safe_merge: raise where a merged weight is not finite.
+            adapter_names: names; those that are set if None.
 
         Raises:
+            MatchError: there is none of a name.
             NumberError: as `safe_merge` asks.
         """
-        with torch.no_grad():
-            model = self._unwrapped(lambda layer: layer.merged(safe_merge), lambda saved: saved.current)
-        _settle_ties(model)
+        self.merge_adapter(adapter_names, safe_merge=safe_merge)
+        model = self._left()
+        settle_ties(model)
         return model
 
     def unload(self) -> nn.Module:
         """The module as it was."""
-        return self._unwrapped(lambda layer: layer.base_layer, lambda saved: saved.original_module)
+        self._refuse_merged("unload")
+        self._act(replace(self._now, active=()))
+        return self._left()
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Write the adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+    # What the above stand on.
 
-        An adapter that is not called `"default"` goes to a folder of its name within the directory.
-        """
-        name = self.active_adapter
-        folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-        config, adapters = self._within_budget()
-        whole = {key: parameter.detach() for key, parameter in self._whole()}
-        save_adapters(folder, config, adapters, replace=whole)
+    def _add(self, name: str, make: Callable[[nn.Module], Draft], *, trainable: bool) -> None:
+        _check_name(name, self._held)
+        self._refuse_merged("add an adapter")
+        with self._pristine():
+            draft = make(self.base_model.model)
+            slots, factors = self._slots, None
+            if slots is not None:
+                factors, slots = slots.factors(draft, 1.0), slots.with_adapter(name)
+            held = attach(self.base_model, self._switch, name, draft, trainable=trainable and slots is None)
+        if slots is not None and factors is not None:
+            slots.write(name, factors)
+        self._held = {**self._held, name: held}
+        self._slots = slots
 
-    def replace(self, whole: Mapping[str, torch.Tensor]) -> None:
-        """Give what is trained whole the values that a file brings.
-
-        Raises:
-            MatchError: a tensor has no place.
-        """
-        places = {_plain(name): parameter for name, parameter in self.base_model.model.named_parameters()}
-        for name, parameter in self._whole():
-            places[_plain(name)] = parameter
-        for name, array in whole.items():
-            if name not in places or places[name].shape != array.shape:
-                found = tuple(places[name].shape) if name in places else "nothing"
-                message = (
-                    f"{name} is {found} in the model, and {tuple(array.shape)} in the adapter{nearest(name, places)}"
-                )
-                raise MatchError(message)
-            with torch.no_grad():
-                places[name].copy_(array)
-
-    def __getattr__(self, name: str) -> Any:
-        """What this module has, or else what the module has."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model.model, name)
-
-    def _adapted(self) -> Iterator[tuple[str, AdaptedLayer]]:
-        """(name in a file, layer) of what the active adapter is on."""
-        for name in self._names[self.active_adapter]:
-            yield name, self.base_model.model.get_submodule(name)  # type: ignore[misc]
-
-    def _whole(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name in a file, parameter) of what is trained beside the method's own arrays."""
-        name, model = self.active_adapter, self.base_model.model
-        for path, module in model.named_modules():
-            if isinstance(module, SavedModule):
-                yield from ((f"{path}.{key}", p) for key, p in module.modules_to_save[name].named_parameters())
-        wanted = self.peft_config[name].trained_biases()
-        for path, module in model.named_modules() if wanted != "none" else ():
-            bias = module._parameters.get("bias")
-            is_copy = any(word in path.split(".") for word in ("modules_to_save", "original_module"))
-            if bias is None or is_copy or isinstance(module, Arrays):
-                continue
-            if wanted == "all" or path.endswith(".base_layer"):
-                yield f"{path}.bias", bias
-
-    def _train_biases(self, config: AdapterConfig, trainable: bool) -> None:
-        if config.trained_biases() != "none":
-            for _, parameter in self._whole():
-                parameter.requires_grad_(trainable)
-
-    def _set_trained(self, trainable: bool) -> PeftModule:
-        for _, layer in self._adapted():
-            for child in layer.children():
-                if child is not layer.base_layer:
-                    child.requires_grad_(trainable)
-        for module in self.base_model.children():
-            if module is not self.base_model.model:
-                module.requires_grad_(trainable)
-        for _, parameter in self._whole():
-            parameter.requires_grad_(trainable)
-        return self
-
-    @staticmethod
-    def _tie_heads(module: nn.Module, embeddings: Mapping[nn.Module, str]) -> None:
-        """Let output layers follow the rows that an embedding with the same weight trains."""
-        for embedding, name in embeddings.items():
-            rows = module.get_submodule(name)
-            for path, other in list(module.named_modules()):
-                if isinstance(other, nn.Linear) and other.weight is embedding.weight:
-                    _put(module, path, TiedHead(other, rows))  # type: ignore[arg-type]
-
-    def _unwrapped(self, layer: Any, saved: Any) -> nn.Module:
-        model = self.base_model.model
-        # Tied heads come last: they take what their embeddings have then.
-        for path, module in sorted(model.named_modules(), key=lambda pair: isinstance(pair[1], TiedHead)):
-            if isinstance(module, AdaptedLayer) and not path.endswith(TOKENS):
-                _put(model, path, layer(module))
-            elif isinstance(module, TokenRows):
-                _put(model, path, layer(module.token_adapter))
-            elif isinstance(module, TiedHead):
-                module.base_layer.weight = module.embedding.weight
-                _put(model, path, module.base_layer)
-            elif isinstance(module, SavedModule):
-                _put(model, path, saved(module))
+    def _left(self) -> nn.Module:
+        """The module without any wrapper; this object has no adapter any more."""
+        model = bare(self.base_model.model, self._now.whole)
+        for name in self._held:
+            self.base_model.drop(name)
+        self._held, self._merged, self._slots, self._switch.now = {}, (), None, Acting()
         return model
 
 
-class _Base(nn.Module):
-    """Holds the module, and what layers share, under PEFT's names."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def share(self, name: str, adapter: Adapter, shared: dict[str, tuple[Arrays, str]]) -> None:
-        """Hold what an adapter shares with others, and note where."""
-        for key, row in adapter.config.params(adapter.layer).items():
-            if row.shared is not None and row.shared not in shared:
-                if row.shared not in dict(self.named_children()):
-                    self.add_module(row.shared, Arrays())
-                holder = self.get_submodule(row.shared)
-                assert isinstance(holder, Arrays)
-                holder.put(name, adapter.params[key], row, adapter.trainable)
-                shared[row.shared] = (holder, name)
-
-    def forward(self, *arguments: Any, **options: Any) -> Any:
-        return self.model(*arguments, **options)
+def _refuse_adapted(module: nn.Module) -> None:
+    if any(isinstance(inner, (PeftModule, AdaptedLayer, SavedModule)) for inner in module.modules()):
+        message = "the model has an adapter already; use its add_adapter, or unload or merge it first"
+        raise ConfigError(message)
 
 
-def _layers(modules: Mapping[str, nn.Module], config: AdapterConfig) -> dict[str, Layer]:
-    """Module's name -> its layer, for every module that a method may be on.
-
-    Raises:
-        ConfigError: the model has an adapter already.
-        UnsupportedError: a weight is not loaded.
-    """
-    found = {}
-    for name, module in modules.items():
-        if isinstance(module, (PeftModule, AdaptedLayer)):
-            message = "the model has an adapter already; unload or merge it first"
-            raise ConfigError(message)
-        layer = layer_of(name, module, config) if name else None
-        if layer is not None:
-            found[name] = layer
-    return found
-
-
-def _refuse_others(modules: Mapping[str, nn.Module], layers: Mapping[str, Layer], config: AdapterConfig) -> None:
-    """Refuse a target that is a module of a kind that no method adapts, such as an attention or a norm."""
-    wanted = config.target_modules
-    if isinstance(wanted, str) and wanted.lower() == "all-linear":
-        return
-    others = [name for name in modules if name and name not in layers]
-    try:
-        found = targeted(others, config)
-    except MatchError:
-        return
-    message = (
-        f"{found[0]} is targeted, and is a {type(modules[found[0]]).__name__}; adapters go on linear layers, "
-        "embeddings, convolutions and transformers' Conv1D: name those"
-    )
-    raise UnsupportedError(message)
-
-
-def _heads(module: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
-    """Output layers, by what the model says or, where it does not, by their names."""
-    asked = getattr(module, "get_output_embeddings", None)
-    head = asked() if callable(asked) else None
-    found = {name for name, other in modules.items() if other is head and head is not None}
-    return found or heads_among(modules)
-
-
-def _input_embedding(module: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
-    asked = getattr(module, "get_input_embeddings", None)
-    try:
-        embedding = asked() if callable(asked) else None
-    except NotImplementedError:
-        return None
-    return next((name for name, other in modules.items() if other is embedding and embedding is not None), None)
-
-
-def _wrap(
-    module: nn.Module, name: str, adapter_name: str, adapter: Adapter, shared: Mapping[str, tuple[Arrays, str]]
-) -> None:
-    """Put an adapter on the module that a file calls `name`."""
-    path = name.removesuffix(TOKENS)
-    layer = AdaptedLayer(module.get_submodule(path))
-    layer.add(adapter_name, adapter, shared)
-    _put(module, path, layer if path == name else TokenRows(layer))
-
-
-def _save_whole(module: nn.Module, name: str, adapter_name: str, trainable: bool) -> None:
-    saved = SavedModule(module.get_submodule(name))
-    saved.modules_to_save[adapter_name] = copy.deepcopy(saved.original_module).requires_grad_(trainable)
-    saved.active = adapter_name
-    _put(module, name, saved)
-
-
-def _put(module: nn.Module, path: str, child: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(module.get_submodule(parent), name, child)
-
-
-def _plain(name: str) -> str:
-    """A parameter's name in the model without wrappers."""
-    return ".".join(word for word in name.split(".") if word != "base_layer")
-
-
-def _settle_ties(module: Any) -> None:
-    """Let a model that no longer ties its head to its embedding say so, or it would tie them when it is loaded."""
-    config: Any = getattr(module, "config", None)
-    if getattr(config, "tie_word_embeddings", None) is True:
-        head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
-        if head is not None and head.weight is not embedding.weight:
-            config.tie_word_embeddings = False
+def _check_name(name: str, taken: Iterable[str]) -> None:
+    is_name = isinstance(name, str) and name.isprintable() and name == name.strip() and name not in ("", BASE)
+    if not is_name or any(mark in name for mark in "./\\") or hasattr(nn.Module, name):
+        message = (
+            f"adapter_name is {name!r}; it must be a name without dots and slashes (a folder and the names of "
+            f"parameters are made of it), not {BASE!r}, and none that torch's modules use"
+        )
+        raise ConfigError(message)
+    if name in taken:
+        message = f"the model has an adapter {name!r} already; delete it first, or choose another name"
+        raise ConfigError(message)
 
 
 def _signed(function: Any, module: nn.Module, owner: Any) -> MethodType:

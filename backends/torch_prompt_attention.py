@@ -87,7 +87,7 @@ class PromptedAttention(nn.Module):
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         inner: Any = self.model
-        return x.unflatten(-1, (-1, inner.head_dim)).transpose(1, 2)
+        return x.reshape(*x.shape[:-1], -1, inner.head_dim).transpose(1, 2)
 
     def _joined(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from peftarray.backends.torch_layers import AdaptedLayer, SavedModule
+from peftarray.backends.torch_layers import AdaptedLayer
 from peftarray.backends.torch_prompt_attention import PromptedAttention
 from peftarray.backends.torch_prompt_encoder import PromptArrays
+from peftarray.backends.torch_saved import SavedModule
 from torch import nn
 
 from peftarray.errors import ConfigError, ShapeError, UnsupportedError
@@ -74,7 +75,7 @@ def host_of(module: Any) -> Host:
     Raises:
         ConfigError: it is none.
     """
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if not callable(getattr(config, "to_dict", None)):
         message = (
             f"a soft prompt goes before what a model of transformers reads, and {type(module).__name__} is none; give "
@@ -83,7 +84,7 @@ def host_of(module: Any) -> Host:
         raise ConfigError(message)
     # Sizes that have another name on disk have these in memory.
     known = {name: getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
-    facts = config.to_dict()
+    facts: dict[str, Any] = config.to_dict()
     if "text_config" not in facts:
         facts |= {name: size for name, size in known.items() if size is not None}
     return Host.read(facts, [name for name, _ in module.named_parameters()])

@@ -14,12 +14,13 @@ from types import MethodType
 from typing import Any
 
 import torch
-from peftarray.backends.torch_layers import SavedModule
 from peftarray.backends.torch_prompt_attention import PromptedAttention
 from peftarray.backends.torch_prompt_checks import check_prompt, embedding_of, host_of
 from peftarray.backends.torch_prompt_encoder import PromptArrays
 from peftarray.backends.torch_prompt_inputs import Inputs
 from peftarray.backends.torch_prompt_reading import Reading
+from peftarray.backends.torch_saved import SavedModule
+from peftarray.backends.torch_switch import Acting, Switch
 from torch import nn
 from torch.nn import functional
 
@@ -116,6 +117,8 @@ class PromptModule(nn.Module):
         self.peft_config = {adapter_name: config}
         self.active_adapter = adapter_name
         self._saved = tuple(saved)
+        self._switch = Switch()
+        self._switch.now = Acting(active=(adapter_name,))
         self._takes = inspect.signature(module.forward)
         for parameter in module.parameters():
             parameter.requires_grad_(False)
@@ -129,9 +132,8 @@ class PromptModule(nn.Module):
             self.base_model = module
             self.prompt_encoder = nn.ModuleDict({adapter_name: PromptArrays(config, arrays, trainable=trainable)})
         for name in saved:
-            whole = SavedModule(module.get_submodule(name))
+            whole = SavedModule(module.get_submodule(name), self._switch)
             whole.modules_to_save[adapter_name] = copy.deepcopy(whole.original_module).requires_grad_(trainable)
-            whole.active = adapter_name
             module.set_submodule(name, whole)
         # What a training loop looks for in the arguments of `forward` is in those of the model's.
         self.forward = _signed(type(self).forward, self._takes, config, self)  # type: ignore[method-assign]
@@ -163,7 +165,7 @@ class PromptModule(nn.Module):
         words = given.pop("labels", None) if isinstance(config, CPTConfig) else None
         with reading.scoring(given):
             output = module(**reading.inputs(given))
-        if words is not None:
+        if words is not None and isinstance(config, CPTConfig):
             loss = config.weighted_loss(output.logits, *config.labelled(words, input_type_mask))
             output = type(output)(**{"loss": loss, **output})
         output = reading.of_text(output, reading.length(given))
@@ -258,10 +260,11 @@ class PromptModule(nn.Module):
 
     def saved(self) -> dict[str, nn.Parameter]:
         """Name in the model -> parameter of what is trained whole beside the prompt."""
-        module, found = self.get_base_model(), {}
+        module = self.get_base_model()
+        found: dict[str, nn.Parameter] = {}
         for name in self._saved:
             whole: Any = module.get_submodule(name)
-            found |= {f"{name}.{key}": parameter for key, parameter in whole.current.named_parameters()}
+            found |= {f"{name}.{key}": parameter for key, parameter in whole.behind.named_parameters()}
         return found
 
     def __getattr__(self, name: str) -> Any:

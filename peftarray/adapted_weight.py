@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 from peftarray.adapter import Adapter
-from peftarray.arrays import Array, device
+from peftarray.arrays import Array
+from peftarray.composition import Composition
 from peftarray.errors import UnsupportedError
 from peftarray.layers import Window
-from peftarray.method_dropout import Drop, Dropout
-from peftarray.stand_in import StandIn, kind_for
+from peftarray.method_dropout import Drop
+from peftarray.stand_in import OverArray, kind_for
+
+if TYPE_CHECKING:
+    from peftarray.method import AdapterConfig
 
 __all__ = ["AdaptedWeight", "adapted"]
 
 
-class AdaptedWeight(StandIn):
+class AdaptedWeight(OverArray):
     """`adapter.merge(base)`, which is not formed as long as a model multiplies by it on the side of its inputs, takes
     rows of an embedding or convolves with it.
 
     Attributes:
-        adapter: the method with its arrays.
+        adapter: the method with its arrays, or several that act together.
         base: the frozen weight as the model stores it.
         materialised: how often the weight was formed, in this object and its transposes: 0 for model code that stays
             on the cheap way.
@@ -37,11 +40,16 @@ class AdaptedWeight(StandIn):
         (3.0, 1)
     """
 
-    adapter: Adapter
+    adapter: Adapter | Composition
     base: Array
 
     def __init__(
-        self, adapter: Adapter, base: Array, drop: Drop | None = None, flipped: bool = False, count: Any = None
+        self,
+        adapter: Adapter | Composition,
+        base: Array,
+        drop: Any = None,
+        flipped: bool = False,
+        count: Any = None,
     ) -> None:
         self.adapter = adapter
         self.base = base
@@ -50,20 +58,9 @@ class AdaptedWeight(StandIn):
         self._count: list[int] = [0] if count is None else count
 
     def __repr__(self) -> str:
-        return f"AdaptedWeight({type(self.adapter.config).__name__}, {self.shape}, {self.dtype})"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = tuple(self.base.shape)
-        return shape[::-1] if self._flipped else shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
-
-    @property
-    def device(self) -> Any:
-        return device(self.base)
+        methods = self.adapter.adapters if isinstance(self.adapter, Composition) else (self.adapter,)
+        names = " + ".join(type(adapter.config).__name__ for adapter in methods)
+        return f"AdaptedWeight({names}, {self.shape}, {self.dtype})"
 
     @property
     def materialised(self) -> int:
@@ -75,11 +72,25 @@ class AdaptedWeight(StandIn):
             return self.dense().mT
         return type(self)(self.adapter, self.base, self._drop, not self._flipped, self._count)
 
+    def kept(self, keep: Callable[[AdapterConfig], bool]) -> Array:
+        """The weight with those adapters alone whose method this says yes to: the frozen one where it is none."""
+        base = self.base.kept(keep) if isinstance(self.base, AdaptedWeight) else self.base
+        found = self.adapter.kept(keep)
+        if found is None:
+            return base.mT if self._flipped else base
+        if found is self.adapter and base is self.base:
+            return self
+        return kind_for(AdaptedWeight, base, *found.params.values())(found, base, self._drop, self._flipped)
+
+    def drops(self) -> bool:
+        """Whether its adapter leaves something out at random now."""
+        return self._drop is not None and self.adapter.drops()
+
     def dense(self) -> Array:
-        if self._drop is not None and self.adapter.config.dropout() != Dropout():
+        if self.drops():
             message = (
-                f"{self.adapter.layer.name}: the model forms this weight, and {type(self.adapter.config).__name__} has "
-                "dropout, which acts on what goes through the weight; use x @ w.T, w[ids] or their like, or no dropout"
+                f"{self.adapter.layer.name}: the model forms this weight, and its adapter has dropout, which acts on "
+                "what goes through the weight; use x @ w.T, w[ids] or their like, or no dropout"
             )
             raise UnsupportedError(message)
         self._count[0] += 1
@@ -104,30 +115,28 @@ class AdaptedWeight(StandIn):
         if layer.kind != "conv" or len(layer.kernel) != len(window[0]):
             return NotImplemented
         stride, padding, dilation = window
-        here = replace(layer, window=Window(stride, padding, dilation, groups))
-        return replace(self.adapter, layer=here).forward(x, self.base, drop=self._drop)
+        here = self.adapter.in_window(Window(stride, padding, dilation, groups))
+        return here.forward(x, self.base, drop=self._drop)
 
     def flatten(self) -> tuple[tuple[Array, ...], Any]:
-        adapter = self.adapter
-        rest = (adapter.config, adapter.layer, adapter.trainable, tuple(adapter.params), self._drop, self._flipped)
-        return (self.base, *adapter.params.values()), rest
+        arrays, rest = self.adapter.take_apart()
+        return (self.base, *arrays), (type(self.adapter), rest, self._drop, self._flipped)
 
     @classmethod
     def unflatten(cls, rest: Any, arrays: Sequence[Array]) -> Self:
-        config, layer, trainable, names, drop, flipped = rest
-        params = dict(zip(names, arrays[1:], strict=True))
-        return cls(Adapter(config, layer, params, trainable), arrays[0], drop, flipped)
+        kind, of_adapter, drop, flipped = rest
+        return cls(kind.put_together(of_adapter, arrays[1:]), arrays[0], drop, flipped)
 
     def _forward(self, x: Array) -> Array:
         return self.adapter.forward(x, self.base, drop=self._drop)
 
 
-def adapted(adapter: Adapter, base: Array, *, drop: Drop | None = None) -> AdaptedWeight:
+def adapted(adapter: Adapter | Composition, base: Array, *, drop: Drop | Sequence[Drop] | None = None) -> AdaptedWeight:
     """What stands in for `adapter.merge(base)`.
 
     Args:
-        adapter: made for this weight.
+        adapter: made for this weight, one or several that act together.
         base: as the model stores it.
-        drop: what the method's dropout draws by, in training.
+        drop: what the method's dropout draws by, in training; for several, one for all or one for each.
     """
     return kind_for(AdaptedWeight, base, *adapter.params.values())(adapter, base, drop)

@@ -1,48 +1,47 @@
-"""A model with an adapter: the model's weights in a mapping, some of them adapted.
+"""A model with adapters: the model's weights in a mapping, some of them adapted.
 
-The weights are a pure function of the adapter's arrays, so that any library differentiates a loss of the form
-`loss(model.with_params(params).weights, batch)`, and `peftarray.training.fit` trains the model.
+The weights are a pure function of the adapters' arrays, so that any library differentiates a loss of the form
+`loss(model.with_params(params).weights, batch)`, and `peftarray.training.fit` trains the model. What changes is the
+registry of its adapters, a value that each verb replaces in one assignment: a verb that fails changes nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peftarray import trees
-from peftarray.adapted_weight import adapted
+from peftarray.acting import Acting, Make
 from peftarray.adapter import Adapter
-from peftarray.arrays import Array, namespace
-from peftarray.bases import backend_of_module, model_type_of, untied_heads, weights_of
-from peftarray.draws import dropout
-from peftarray.errors import ConfigError, MatchError, NumberError, nearest
-from peftarray.formats.peft_config import read_config
-from peftarray.formats.peft_writer import load_adapters, save_adapters
+from peftarray.adapter_verbs import AdapterVerbs, Merged, Names
+from peftarray.arrays import Array, Params
+from peftarray.bases import backend_of_module, weights_of
+from peftarray.errors import ConfigError, MatchError, UnsupportedError, nearest
 from peftarray.formats.prompts import holds_prompt
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
-from peftarray.methods.adalora_budget import pruned_adapters
+from peftarray.model_status import status_of
+from peftarray.model_weights import (
+    check_finite,
+    effective,
+    in_precision,
+    mixed,
+    stand_ins,
+    under,
+    with_dropout,
+    with_weights,
+)
 from peftarray.prompted import PromptModel, check_words
 from peftarray.prompts import Prompt
-from peftarray.sites import (
-    TOKENS,
-    Site,
-    check_training,
-    choose,
-    find_sites,
-    heads_among,
-    module_here,
-    saved_modules,
-    start_adapters,
-    start_tokens,
-    with_heads,
-    with_names,
-)
+from peftarray.registry import BASE_NAME, AdapterSet, PromptSet
+from peftarray.saving import adapter_folder, save_adapter
+from peftarray.slotted import AdapterSlots, slots_of
+from peftarray.status import Status
 from peftarray.summary import trainable_summary
-from peftarray.targets import is_saved
 
 __all__ = ["PeftModel", "get_peft_model", "trainable_summary"]
 
@@ -84,71 +83,37 @@ def get_peft_model(
         (1, 8)
     """
     check_words(config, token_ids)
-    tree, named = weights_of(model), {"seed": seed, "adapter_name": adapter_name}
-    if tree is None:
-        return backend_of_module(model).adapt_module(model, config, **named, token_ids=token_ids)
+    if weights_of(model) is None:
+        named = {"seed": seed, "adapter_name": adapter_name, "token_ids": token_ids}
+        return backend_of_module(model).adapt_module(model, config, **named)
     if isinstance(config, Prompt):
         return PromptModel.create(model, config, seed=seed, token_ids=token_ids)
-    check_training(config)
-    arrays = dict(trees.named(tree))
-    modules = [name.rpartition(".")[0] for name in arrays]
-    config = with_heads(config, modules)
-    sites = find_sites(arrays, config, layers or {}, model_type_of(model))
-    chosen = choose({name: site.layer for name, site in sites.items()}, config, heads_among(sites))
-    saved_modules(modules, config)
-    adapters = start_adapters(
-        (sites[name].layer for name in chosen), config, lambda name: arrays[sites[name].tensor], seed
-    )
-    embeddings = {name: site.layer for name, site in sites.items() if not is_saved(name, config)}
-    adapters |= start_tokens(embeddings, config, lambda name: arrays[sites[name].tensor], chosen=chosen)
-    places = {name: sites[_module(name)] for name in adapters}
-    whole = {name: _copied(arrays[name]) for name in _trained_whole(arrays, config, places.values())}
-    found = AdapterSet(with_names(config, chosen), adapters, places, whole)
-    return PeftModel(model, {adapter_name: found}, adapter_name)
-
-
-@dataclass(frozen=True, eq=False)
-class AdapterSet:
-    """One adapter of a model: its configuration, and what it has for each module.
-
-    Attributes:
-        config: with targets and patterns.
-        adapters: module's name -> its adapter.
-        sites: module's name -> its weight.
-        whole: tensor's name -> the array that takes its place (`modules_to_save`, trained biases).
-        trainable: whether training changes it.
-    """
-
-    config: AdapterConfig
-    adapters: Mapping[str, Adapter]
-    sites: Mapping[str, Site]
-    whole: Mapping[str, Array] = field(default_factory=dict)
-    trainable: bool = True
+    made = PeftModel(model, layers=layers or {})
+    made.add_adapter(adapter_name, config, seed=seed)
+    return made
 
 
 @dataclass(eq=False)
-class PeftModel:
-    """Weights in a mapping, with an adapter. Nothing in it changes but its `params`, when they are set.
+class PeftModel(AdapterVerbs):
+    """Weights in a mapping, with adapters. The weights that were given never change.
 
     Attributes:
-        base: the mapping, the nested mappings, or the object with `weights`, as they were given.
-        sets: name of an adapter -> the adapter.
-        active_adapter: the name of the one that `weights` has.
+        task_ids: the task of each text, for a prompt that has several; see `for_tasks`.
     """
 
-    base: Any
-    sets: Mapping[str, AdapterSet]
-    active_adapter: str = "default"
+    task_ids: Any = None
 
-    @property
-    def peft_config(self) -> dict[str, AdapterConfig]:
-        """Name of an adapter -> its configuration."""
-        return {name: found.config for name, found in self.sets.items()}
+    # What there is.
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """Module's name -> the active adapter on it."""
-        return self._active.adapters
+        """Module's name -> the adapter on it, of the first active one that is a method."""
+        return next((one.found.adapters for one in self._acting() if isinstance(one.found, AdapterSet)), {})
+
+    def status(self, *, norms: bool = True) -> Status:
+        """What adapters there are, layer by layer; with the norm of each update unless `norms` is false."""
+        merged = self.merged_state.names if self.merged_state else ()
+        return status_of(self.registry, dict(trees.named(weights_of(self.base))), merged=merged, norms=norms)
 
     # The weights.
 
@@ -158,47 +123,93 @@ class PeftModel:
 
         Adapted ones are `AdaptedWeight`s. Dropout is off.
         """
-        return self._weights(lambda adapter, base: adapted(adapter, base))
+        return under(self._model, self._acting(), stand_ins, task_ids=self.task_ids)
 
-    def training_weights(self, key: Any) -> Any:
-        """The same with the method's dropout, drawn by a step's key (`peftarray.draws.step_key`)."""
+    def training_weights(self, key: Any, *, adapter_names: Sequence[str | None] | None = None) -> Any:
+        """The same with the methods' dropout, drawn by a step's key (`peftarray.draws.step_key`).
 
-        def weight(adapter: Adapter, base: Array) -> Any:
-            stream = adapter.layer.name
-            return adapted(adapter, base, drop=lambda x, share: dropout(x, share, key, stream=stream))
+        Args:
+            key: of the step.
+            adapter_names: as for `weights_for`.
+        """
+        if adapter_names is not None:
+            return self._mixed(adapter_names, with_dropout(key, by_name=True), key)
+        acting = self._acting()
+        make = with_dropout(key, by_name=len(acting) > 1)
+        return under(self._model, acting, make, task_ids=self.task_ids, key=key)
 
-        return self._weights(weight)
+    def weights_for(self, adapter_names: Sequence[str | None]) -> Any:
+        """The weights of a batch whose samples have adapters of their own, active or not.
+
+        What goes through an adapted weight are samples `(n, ..., in)`, or their rows `(n * m, in)` with those of one
+        sample together.
+
+        Args:
+            adapter_names: the adapter of each of the `n` samples; None or `"__base__"` for none.
+
+        Raises:
+            MatchError: there is none of a name.
+        """
+        return self._mixed(adapter_names, stand_ins)
 
     def effective_weights(self) -> Any:
         """The weights in the form of the base's, every one an array: for code that an `AdaptedWeight` cannot serve."""
-        merged = self._weights(lambda adapter, base: adapter.merge(base))
-        heads = untied_heads(self.base, self.weights)
-        return {**merged, **heads} if heads else merged
+        return effective(self._model, self._acting(), task_ids=self.task_ids)
 
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """The base model, where it is one, on these weights."""
+    def slots(self, names: Sequence[str] | None = None, *, max_rank: int, count: int | None = None) -> AdapterSlots:
+        """Low-rank adapters in stacks of one shape, for functions that are compiled once.
+
+        Args:
+            names: of the adapters; all if None.
+            max_rank: at least the highest rank among them, and among those that are to take their places.
+            count: how many slots; as many as adapters if None.
+        """
+        wanted = list(self.registry.entries) if names is None else list(names)
+        self.registry = self.registry.ready(wanted, self._shelf)
+        sets = {one.name: one.found for one in self._acting(wanted)}
+        scales = {one.name: one.scale for one in self._acting(wanted)}
+        return slots_of(self.base, sets, max_rank=max_rank, count=count, scales=scales)
+
+    def for_tasks(self, task_ids: Any) -> PeftModel:
+        """The same model for texts of these tasks, `(batch,)`, for a prompt that has several."""
+        return replace(self, task_ids=task_ids)
+
+    def __call__(self, *arguments: Any, adapter_names: Sequence[str | None] | None = None, **options: Any) -> Any:
+        """The base model, where it is one, on these weights; arguments as for it.
+
+        Args:
+            *arguments: of the model.
+            adapter_names: the adapter of each sample, as for `weights_for`; the active ones for all if None.
+            **options: of the model.
+        """
         if not callable(self.base):
             message = "this PeftModel has weights and no model; call your function with model.weights"
             raise ConfigError(message)
-        return self.base(self.weights, *arguments, **options)
+        return self.base(self._chosen(adapter_names), *arguments, **options)
+
+    def generate(self, *arguments: Any, adapter_names: Sequence[str | None] | None = None, **options: Any) -> Any:
+        """What the model writes after texts; see `peftarray.models.generate`, and `adapter_names` above."""
+        return self.base.generate(self._chosen(adapter_names), *arguments, **options)
 
     # Training.
 
     @property
     def params(self) -> dict[str, Array]:
-        """Name -> array of what training changes: `<module>.<array>`, the tensor's name of what is trained whole, and
-        by its own name what layers share. They may be set, all or some.
+        """Name -> array of what training changes, of all active adapters. They may be set, all or some.
+
+        `<module>.<array>`, the tensor's name of what is trained whole, and by its own name what layers share. Of
+        several active adapters, a name ends in the adapter's, but for what is trained whole.
         """
         found: dict[str, Array] = {}
-        for name, module, key in self._trained_arrays():
-            found.setdefault(name, self.adapters[module].params[key])
-        return found | dict(self._active.whole) if self._active.trainable else found
+        for one in (trained := self._trained()):
+            found |= {self._public(one.name, key): array for key, array in one.found.trained().items()}
+        return found | {name: array for one in trained for name, array in one.found.whole.items()}
 
     @params.setter
-    def params(self, params: Mapping[str, Array]) -> None:
-        self.sets = self.with_params(params).sets
+    def params(self, params: Params) -> None:
+        self.registry = self.with_params(params).registry
 
-    def with_params(self, params: Mapping[str, Array]) -> PeftModel:
+    def with_params(self, params: Params) -> PeftModel:
         """The same model with these in place of arrays of the same names among `params`.
 
         Raises:
@@ -209,44 +220,35 @@ class PeftModel:
             if name not in known:
                 message = f"{name} is not trained by this model{nearest(name, known)}"
                 raise MatchError(message)
-        new = {module: dict(adapter.params) for module, adapter in self.adapters.items()}
-        for name, module, key in self._trained_arrays():
-            if name in params:
-                new[module][key] = params[name]
-        adapters = {module: replace(adapter, params=new[module]) for module, adapter in self.adapters.items()}
-        whole = {name: params.get(name, array) for name, array in self._active.whole.items()}
-        return self._with(replace(self._active, adapters=adapters, whole=whole))
+        registry = self.registry
+        for one in self._trained():
+            public = {key: self._public(one.name, key) for key in one.found.trained()}
+            own = {key: params[name] for key, name in public.items() if name in params}
+            whole = {name: params.get(name, array) for name, array in one.found.whole.items()}
+            registry = registry.changed(one.name, replace(one.found.with_trained(own), whole=whole))
+        return replace(self, registry=registry)
 
     def in_precision(self, dtype: str) -> PeftModel:
         """The same model on a base whose floating-point arrays are in a dtype, such as `"bfloat16"`."""
-
-        def cast(array: Array) -> Array:
-            xp = namespace(array)
-            return xp.astype(array, getattr(xp, dtype)) if xp.isdtype(array.dtype, "real floating") else array
-
-        tree = weights_of(self.base)
-        weights = trees.refill(tree, [cast(array) for array in trees.leaves(tree)])
-        return replace(self, base=weights if self.base is tree else replace(self.base, weights=weights))
+        return replace(self, base=in_precision(self.base, dtype))
 
     def freeze(self) -> PeftModel:
         """The same model, of which training changes nothing."""
-        return self._with(replace(self._active, trainable=False))
+        return self._trainable(False)
 
     def unfreeze(self) -> PeftModel:
-        """The same model, whose adapter training changes."""
-        return self._with(replace(self._active, trainable=True))
+        """The same model, whose active adapters training changes.
 
-    def prune(self, keep: Mapping[str, Sequence[bool]]) -> PeftModel:
-        """The same model with only these triples of its AdaLoRA adapter, such as an `AdaLoraBudget`'s."""
-        config, adapters = pruned_adapters(self._active.config, self.adapters, keep)
-        return self._with(replace(self._active, config=config, adapters=adapters))
+        Raises:
+            UnsupportedError: a prompt came from a file that lacks what made it.
+        """
+        return self._trainable(True)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """How many numbers training changes, and how many there are."""
+        """How many numbers training changes, and how many there are, in memory."""
         total = sum(math.prod(array.shape) for array in trees.leaves(weights_of(self.base)) if hasattr(array, "shape"))
-        seen: dict[int, Array] = {id(a): a for adapter in self.adapters.values() for a in adapter.params.values()}
-        seen |= {id(array): array for array in self._active.whole.values()}
-        total += sum(math.prod(array.shape) for array in seen.values())
+        found = [entry.found for entry in self.registry.entries.values() if entry.found is not None]
+        total += sum(math.prod(array.shape) for one in found for array in one.arrays())
         return sum(math.prod(array.shape) for array in self.params.values()), total
 
     def print_trainable_parameters(self) -> None:
@@ -255,40 +257,58 @@ class PeftModel:
 
     # Ends.
 
-    def merge_and_unload(self, safe_merge: bool = False) -> Any:
-        """The base with the adapter merged into it, in its own form.
+    def merge_adapter(self, adapter_names: Names | None = None, safe_merge: bool = False) -> None:
+        """Let the weights be those that adapters are merged into, until `unmerge_adapter`; the base is kept.
 
         Args:
+            adapter_names: one or several; the active ones if None.
             safe_merge: raise where a merged weight is not finite.
 
         Raises:
             NumberError: as `safe_merge` asks.
+            UnsupportedError: one of them is a prompt.
         """
-        merged = self.effective_weights()
-        for name, array in trees.named(merged) if safe_merge else ():
-            if namespace(array).isdtype(array.dtype, "real floating"):
-                xp = namespace(array)
-                if not bool(xp.all(xp.isfinite(array))):
-                    message = f"{name} would hold NaN or infinity after merging; the adapter is broken, or its scale is"
-                    raise NumberError(message)
-        return merged if self.base is weights_of(self.base) else replace(self.base, weights=merged)
+        self._refuse_merged("merge_adapter")
+        names, merged = self._merged(adapter_names, safe_merge)
+        self.merged_state = Merged(names, merged)
+
+    def unmerge_adapter(self) -> None:
+        """Let the adapters act beside the base again, which is bit for bit as it was."""
+        self.merged_state = None
+
+    @contextmanager
+    def merged(self, *adapter_names: str, safe_merge: bool = False) -> Iterator[PeftModel]:
+        """Within it the weights are merged; arguments as for `merge_adapter`."""
+        self.merge_adapter(adapter_names or None, safe_merge)
+        try:
+            yield self
+        finally:
+            self.unmerge_adapter()
+
+    def merge_and_unload(self, safe_merge: bool = False, adapter_names: Names | None = None) -> Any:
+        """The base with adapters merged into it, in its own form; arguments as for `merge_adapter`."""
+        self._refuse_merged("merge_and_unload")
+        return self._merged(adapter_names, safe_merge)[1]
 
     def unload(self) -> Any:
         """The base, as it was given."""
         return self.base
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+    def save_pretrained(self, folder: str | Path, selected_adapters: Sequence[str] | None = None) -> None:
+        """Write adapters as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
 
-        An adapter that is not called `"default"` goes to a folder of its name within `folder`.
+        Args:
+            folder: of the adapter called `"default"`; others go to folders of their names within it.
+            selected_adapters: names; all if None.
+
+        Raises:
+            MatchError: there is none of a name.
+            OutputError: the folder cannot be written.
         """
-        place = Path(folder) if self.active_adapter == "default" else Path(folder) / self.active_adapter
-        adapted_biases = {site.bias: site.layer.name for site in self._active.sites.values()}
-        whole = {
-            f"{adapted_biases[name]}.base_layer.bias" if name in adapted_biases else name: array
-            for name, array in self._active.whole.items()
-        }
-        save_adapters(place, self._active.config, self.adapters, replace=whole)
+        names = list(self.registry.entries) if selected_adapters is None else list(selected_adapters)
+        every = {name: self.registry.entry(name) for name in names}
+        for name in every:
+            save_adapter(adapter_folder(folder, name), self.registry.ready([name], self._shelf).found(name))
 
     @classmethod
     def from_pretrained(
@@ -300,7 +320,7 @@ class PeftModel:
         is_trainable: bool = False,
         layers: Mapping[str, Layer] | None = None,
     ) -> Any:
-        """A model with the adapter that PEFT or `save_pretrained` wrote.
+        """A model with the adapter that PEFT or `save_pretrained` wrote; `load_adapter` adds others.
 
         Args:
             model: as for `get_peft_model`.
@@ -312,88 +332,73 @@ class PeftModel:
         Raises:
             PeftError: of the kind that fits; see `peftarray.errors`.
         """
-        tree = weights_of(model)
-        if tree is None:
+        if weights_of(model) is None:
             return backend_of_module(model).load_module(
                 model, folder, adapter_name=adapter_name, is_trainable=is_trainable
             )
         if holds_prompt(folder):
             return PromptModel.from_pretrained(model, folder, is_trainable=is_trainable)
-        arrays = dict(trees.named(tree))
-        config = read_config(Path(folder))
-        sites = find_sites(arrays, config, layers or {}, model_type_of(model))
-        named = {site.tensor: f"{module}.weight" for module, site in sites.items() if not is_saved(module, config)}
-        saved = load_adapters(
-            folder,
-            {named.get(name, name): array for name, array in arrays.items()},
-            layers={module: site.layer for module, site in sites.items()},
-        )
-        adapters = {module_here(path, sites): adapter for path, adapter in saved.adapters.items()}
-        order = {name: place for place, name in enumerate(sites)}
-        adapters = dict(sorted(adapters.items(), key=lambda pair: (TOKENS in pair[0], order[_module(pair[0])])))
-        places = {name: sites[_module(name)] for name in adapters}
-        for name in saved.replace:
-            if name not in arrays:
-                message = (
-                    f"{folder} brings {name}, which the weights do not have{nearest(name, arrays)}; add one to them"
-                )
-                raise MatchError(message)
-        whole = {name: saved.replace[name] for name in arrays if name in saved.replace}
-        found = AdapterSet(saved.config, adapters, places, whole, is_trainable)
-        return cls(model, {adapter_name: found}, adapter_name)
+        made = cls(model, layers=layers or {})
+        made.load_adapter(folder, adapter_name, is_trainable)
+        return made
 
     # What the above stand on.
 
     @property
-    def _active(self) -> AdapterSet:
-        return self.sets[self.active_adapter]
+    def _model(self) -> Any:
+        """The base, or what adapters are merged into now."""
+        return self.merged_state.base if self.merged_state is not None and self.registry.enabled else self.base
 
-    def _trained_arrays(self) -> Iterator[tuple[str, str, str]]:
-        """(name in `params`, module, name in the adapter) of every array of the method that is trained."""
-        for module, adapter in self.adapters.items() if self._active.trainable else ():
-            for key, row in adapter.config.params(adapter.layer).items():
-                if not row.frozen:
-                    yield row.shared or f"{module}.{key}", module, key
+    def _acting(self, names: Sequence[str] | None = None) -> list[Acting]:
+        """The adapters that act, or those of these names, which memory holds; without methods where some are merged."""
+        found = []
+        for name in self.registry.acting if names is None else names:
+            one = Acting(name, self.registry.found(name), self.registry.entry(name).scale)
+            if names is not None or self.merged_state is None or isinstance(one.found, PromptSet):
+                found.append(one)
+        return found
 
-    def _weights(self, make: Callable[[Adapter, Array], Any]) -> Any:
-        tree = weights_of(self.base)
-        arrays = dict(trees.named(tree)) | dict(self._active.whole)
-        for module, site in self._active.sites.items():
-            adapter, base = self.adapters[module], arrays[site.tensor]
-            if site.bias is not None and "bias" in adapter.config.touches(adapter.layer):
-                bias = arrays[site.bias]
-                changed = adapter.merge_bias(bias, base)
-                arrays[site.bias] = changed if changed.dtype == bias.dtype else _cast(changed, bias)
-            if "weight" in adapter.config.touches(adapter.layer):
-                arrays[site.tensor] = make(adapter, base)
-        return trees.refill(tree, arrays.values())
+    def _trained(self) -> list[Acting]:
+        return [one for one in self._acting() if one.found.trainable]
 
-    def _with(self, changed: AdapterSet) -> PeftModel:
-        return replace(self, sets={**self.sets, self.active_adapter: changed})
+    def _public(self, name: str, key: str) -> str:
+        """The name in `params` of an array of an adapter."""
+        return key if len(self.registry.active) == 1 else f"{key}.{name}"
 
+    def _trainable(self, trainable: bool) -> PeftModel:
+        registry = self.registry
+        for one in self._acting():
+            found = one.found.unfrozen() if trainable else replace(one.found, trainable=False)
+            # No folder: what was trained in place is in no file.
+            entry = replace(registry.entry(one.name), found=found, trainable=trainable, folder=None)
+            registry = registry.replaced(one.name, entry)
+        return replace(self, registry=registry)
 
-def _module(name: str) -> str:
-    """The module that an adapter is on, from its key."""
-    return name.removesuffix(TOKENS)
+    def _chosen(self, adapter_names: Sequence[str | None] | None) -> Any:
+        return self.weights if adapter_names is None else self.weights_for(adapter_names)
 
+    def _mixed(self, adapter_names: Sequence[str | None], make: Make, key: Any = None) -> Any:
+        self._refuse_merged("adapter_names")
+        names = [None if name == BASE_NAME else name for name in adapter_names]
+        used = list(dict.fromkeys(name for name in names if name is not None))
+        if not names:
+            message = "adapter_names is empty; give a name, or None, for each sample of the batch"
+            raise ConfigError(message)
+        self.registry = self.registry.ready(used, self._shelf)
+        acting = {one.name: one for one in self._acting(used)}
+        return mixed(self.base, acting, names, make, task_ids=self.task_ids, key=key)
 
-def _trained_whole(arrays: Mapping[str, Array], config: AdapterConfig, sites: Iterable[Site]) -> list[str]:
-    """The tensors that are trained whole beside the adapter."""
-    biases = config.trained_biases()
-    of_layers = {site.bias for site in sites}
-
-    def is_trained(name: str) -> bool:
-        module, _, last = name.rpartition(".")
-        if is_saved(module, config):
-            return True
-        return last == "bias" and (biases == "all" or (biases == "adapted" and name in of_layers))
-
-    return [name for name in arrays if is_trained(name)]
-
-
-def _copied(array: Array) -> Array:
-    return namespace(array).asarray(array, copy=True)
-
-
-def _cast(array: Array, like: Array) -> Array:
-    return namespace(array).astype(array, like.dtype)
+    def _merged(self, adapter_names: Names | None, safe: bool) -> tuple[tuple[str, ...], Any]:
+        given = self.registry.active if adapter_names is None else adapter_names
+        names = (given,) if isinstance(given, str) else tuple(given)
+        registry = self.registry.activated(names, self._shelf) if adapter_names is not None else self.registry
+        acting = replace(self, registry=replace(registry, enabled=True))._acting()
+        for one in acting:
+            if isinstance(one.found, PromptSet):
+                kind = one.found.config.peft_type
+                message = f"{one.name} ({kind}) cannot be merged: a soft prompt changes the input and not the weights"
+                raise UnsupportedError(message)
+        merged = effective(self.base, acting)
+        if safe:
+            check_finite(merged)
+        return names, with_weights(self.base, merged)

@@ -34,6 +34,7 @@ class PromptModel:
         whole: tensor of the model -> the array that takes its place (`modules_to_save`).
         trainable: whether training changes them.
         task_ids: the task of each text, for a prompt that has several; see `for_tasks`.
+        extra: fields of its `adapter_config.json` that are not known here, which are written back.
 
     Example:
         >>> from peftarray import models
@@ -50,6 +51,7 @@ class PromptModel:
     whole: Mapping[str, Array] = field(default_factory=dict)
     trainable: bool = True
     task_ids: Any = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.config, VirtualTokens) and self.config.submodules != 1:
@@ -191,7 +193,7 @@ class PromptModel:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the prompt as PEFT does: `adapter_config.json` and `adapter_model.safetensors`."""
-        save_prompt(folder, self.config, self.arrays, replace=self.whole)
+        save_prompt(folder, self.config, self.arrays, replace=self.whole, extra=self.extra)
 
     @classmethod
     def from_pretrained(cls, model: Any, folder: str | Path, *, is_trainable: bool = False) -> PromptModel:
@@ -210,7 +212,7 @@ class PromptModel:
             if name not in model.weights:
                 message = f"{folder} brings {name}, which the model does not have{nearest(name, model.weights)}"
                 raise MatchError(message)
-        found = cls(model, saved.config, saved.params, saved.replace, trainable=False)
+        found = cls(model, saved.config, saved.params, saved.replace, trainable=False, extra=saved.extra)
         return found.unfreeze() if is_trainable else found
 
     def _weights(self, drop: Drop | None) -> dict[str, Array]:

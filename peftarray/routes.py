@@ -125,6 +125,17 @@ def _getitem(a: Any, key: Any, /) -> Array:
     return _rows(_weight(a), key)
 
 
+def _add(a: Any, b: Any, /, **options: Any) -> Array:
+    _refuse_unless(not options and isinstance(a, Weight) != isinstance(b, Weight))
+    found = _weight(a).plus(b) if isinstance(a, Weight) else _weight(b).plus(a)
+    _refuse_unless(found is not NotImplemented)
+    return found
+
+
+def _reflected_add(b: Any, a: Any, /) -> Array:
+    return _add(a, b)
+
+
 def _embedding(input: Array, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any) -> Array:
     """The other arguments are of the weight's gradient, and the weight is frozen."""
     _refuse_unless(max_norm is None)
@@ -180,8 +191,11 @@ def _refuse_unless(condition: bool) -> None:
 
 _ROUTES: dict[str, Callable[..., Any]] = {
     "__getitem__": _getitem,
+    "__add__": _add,
     "__matmul__": _matmul,
+    "__radd__": _reflected_add,
     "__rmatmul__": _reflected_matmul,
+    "add": _add,
     "addmm": _addmm,
     "conv1d": _convolution(1),
     "conv2d": _convolution(2),

@@ -11,13 +11,16 @@ import operator
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, ClassVar, Never, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Never, Self, TypeVar
 
-from peftarray.arrays import Array, namespace, register_branch
+from peftarray.arrays import Array, device, namespace, register_branch
 from peftarray.errors import UnsupportedError
 from peftarray.routes import Weight, answer
 
-__all__ = ["Namespace", "StandIn", "kind_for"]
+if TYPE_CHECKING:
+    from peftarray.method import AdapterConfig
+
+__all__ = ["Namespace", "OverArray", "StandIn", "kind_for"]
 
 # Methods of arrays that make a new array or number, by which model code treats weights.
 _METHODS = frozenset(
@@ -94,6 +97,14 @@ class StandIn(Weight):
         """The convolution of `x` with this kernel and (stride, padding, dilation), or `NotImplemented`."""
         return NotImplemented
 
+    def plus(self, x: Array) -> Array:
+        """`x + self`, or `NotImplemented`."""
+        return NotImplemented
+
+    def kept(self, keep: Callable[[AdapterConfig], bool]) -> Array:
+        """The weight with those adapters alone whose method this says yes to."""
+        return self
+
     @abstractmethod
     def flatten(self) -> tuple[tuple[Array, ...], Any]:
         """The arrays that it is made of, and the rest: hashable, and enough for `unflatten`."""
@@ -146,7 +157,12 @@ class StandIn(Weight):
     def __iter__(self) -> Iterator[Array]:
         return iter(self.dense())
 
-    __add__, __radd__ = _materialised(operator.add), _reflected(operator.add)
+    def __add__(self, other: Any) -> Array:
+        return self._call("add", operator.add, (self, other), {})
+
+    def __radd__(self, other: Any) -> Array:
+        return self._call("add", operator.add, (other, self), {})
+
     __sub__, __rsub__ = _materialised(operator.sub), _reflected(operator.sub)
     __mul__, __rmul__ = _materialised(operator.mul), _reflected(operator.mul)
     __truediv__, __rtruediv__ = _materialised(operator.truediv), _reflected(operator.truediv)
@@ -220,6 +236,30 @@ class StandIn(Weight):
         if found is not NotImplemented:
             return found
         return function(*map(_dense, arguments), **{key: _dense(value) for key, value in options.items()})
+
+
+class OverArray(StandIn):
+    """A stand-in over one frozen array, as that is stored or the other way round. Abstract.
+
+    Attributes:
+        base: the array.
+    """
+
+    base: Array
+    _flipped: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = tuple(self.base.shape)
+        return shape[::-1] if self._flipped else shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    @property
+    def device(self) -> Any:
+        return device(self.base)
 
 
 def _dense(value: Any) -> Any:

@@ -15,7 +15,7 @@ from peftarray.stores.json_file import read_json
 if TYPE_CHECKING:
     from peftarray.prompts.prompt import Prompt
 
-__all__ = ["config_from_dict", "config_to_dict", "known_values", "read_config"]
+__all__ = ["config_from_dict", "config_to_dict", "known_values", "read_config", "unknown_fields"]
 
 # The release of PEFT whose layout and formulas these are.
 _PEFT_VERSION = "0.21.2"
@@ -104,6 +104,18 @@ def known_values(method: type[Any], data: Mapping[str, Any], where: str, *, allo
         if name in values and values[name] is None:
             del values[name]
     return values
+
+
+def unknown_fields(config: AdapterConfig | Prompt, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a JSON object says beyond what is written of its configuration: what has no effect here, or was allowed.
+
+    Example:
+        >>> from peftarray import LoraConfig
+        >>> unknown_fields(LoraConfig(r=4), {"peft_type": "LORA", "r": 4, "runtime_config": {"a": 1}})
+        {'runtime_config': {'a': 1}}
+    """
+    known = config_to_dict(config)
+    return {name: value for name, value in data.items() if name not in known}
 
 
 def config_to_dict(config: AdapterConfig | Prompt) -> dict[str, Any]:

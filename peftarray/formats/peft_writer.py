@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,11 +21,12 @@ from peftarray.errors import ConfigError, MatchError, UnsupportedError
 from peftarray.formats.adapters import Adapters, Ref, Site
 from peftarray.formats.folder import write_folder
 from peftarray.formats.peft import read
-from peftarray.formats.peft_config import config_to_dict
+from peftarray.formats.peft_config import config_to_dict, read_config, unknown_fields
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
 from peftarray.methods import TrainableTokensConfig
 from peftarray.stores.checkpoint import Checkpoint
+from peftarray.stores.json_file import read_json
 from peftarray.stores.safetensors import TensorInfo
 from peftarray.targets import is_targeted
 
@@ -46,11 +48,13 @@ class SavedAdapters:
         config: the configuration, with its targets and patterns.
         adapters: path of a module, as PEFT's wrapped model has it -> its adapter.
         replace: tensor of the model -> its new values (`modules_to_save`, trained biases).
+        extra: fields of the configuration's file that are not known here.
     """
 
     config: AdapterConfig
     adapters: Mapping[str, Adapter]
     replace: Mapping[str, Array] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_adapters(
@@ -59,6 +63,7 @@ def save_adapters(
     adapters: Mapping[str, Adapter],
     *,
     replace: Mapping[str, Array] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write adapters of one configuration to a folder in PEFT's layout: PEFT, and `load_adapters`, read it.
 
@@ -70,6 +75,7 @@ def save_adapters(
         config: with its targets and patterns; where it names no targets, the modules of `adapters` are written.
         adapters: module's name -> its adapter, with arrays of any library.
         replace: tensor of the model -> values that take its place.
+        extra: further fields for the configuration's file.
 
     Raises:
         ConfigError: the configuration gives a module another method than its adapter has, or does not target it.
@@ -99,7 +105,7 @@ def save_adapters(
         module, _, local = name.rpartition(".")
         # In PEFT's wrapped model the tensors of an adapted module lie in the layer that is wrapped.
         tensors[f"{_PREFIX}{module}.base_layer.{local}" if module in adapters else _PREFIX + name] = to_host(array)
-    written = config_to_dict(config) | {"inference_mode": True}
+    written = dict(extra or {}) | config_to_dict(config) | {"inference_mode": True}
     write_folder(Path(folder), written, tensors)
 
 
@@ -109,6 +115,7 @@ def load_adapters(
     *,
     config: AdapterConfig | None = None,
     layers: Mapping[str, Layer] | None = None,
+    allow_unknown: bool = False,
 ) -> SavedAdapters:
     """The adapters in a folder that PEFT or `save_adapters` wrote, beside the weights that they adapt.
 
@@ -119,11 +126,17 @@ def load_adapters(
         config: in place of the folder's own, such as one of a method that is not installed.
         layers: module's name -> its layer, for what weights do not say: that one is an embedding, or the stride of a
             convolution.
+        allow_unknown: pass over fields of the configuration that are not known here and are set; they are kept.
 
     Raises:
         PeftError: of the kind that fits; see `peftarray.errors`.
     """
     infos = [TensorInfo(name, _code(w), tuple(getattr(w, "shape", w)), 0, 0) for name, w in weights.items()]
+    place = Path(folder)
+    extra: dict[str, Any] = {}
+    if config is None:
+        config = read_config(place, allow_unknown=allow_unknown)
+        extra = unknown_fields(config, read_json(place / "adapter_config.json"))
     found = read(folder, Checkpoint.described(infos, "the given weights"), config=config, layers=layers)
     adapters: dict[str, Adapter] = {}
     # What layers share is moved once; with its host array, so that no other gets its id.
@@ -140,7 +153,7 @@ def load_adapters(
         params = {name: placed[id(values)][1] for name, values in host.items()}
         adapters[module_of(site)] = Adapter(site.method, site.layer, params)
     replace = {name: _beside(_read(found, ref), weights.get(name)) for name, ref in found.replace.items()}
-    return SavedAdapters(found.config, adapters, replace)
+    return SavedAdapters(found.config, adapters, replace, extra)
 
 
 def _code(weight: Array | tuple[int, ...]) -> str:

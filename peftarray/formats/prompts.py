@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from peftarray.arrays import Array, Params, constant, to_host, wide
 from peftarray.errors import ConfigError, MatchError
 from peftarray.formats.folder import write_folder
 from peftarray.formats.peft import open_weights
-from peftarray.formats.peft_config import config_to_dict, known_values
+from peftarray.formats.peft_config import config_to_dict, known_values, unknown_fields
 from peftarray.prompts import PROMPTS, Host, Prompt, VirtualTokens
 from peftarray.stores.checkpoint import Checkpoint
 from peftarray.stores.json_file import read_json
@@ -35,11 +36,13 @@ class SavedPrompt:
         config: the prompt.
         params: its stored arrays.
         replace: tensor of the model -> its new values (`modules_to_save`).
+        extra: fields of the configuration's file that are not known here.
     """
 
     config: Prompt
     params: Mapping[str, Array]
     replace: Mapping[str, Array] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def holds_prompt(folder: str | Path) -> bool:
@@ -49,7 +52,12 @@ def holds_prompt(folder: str | Path) -> bool:
 
 
 def save_prompt(
-    folder: str | Path, config: Prompt, params: Params, *, replace: Mapping[str, Array] | None = None
+    folder: str | Path,
+    config: Prompt,
+    params: Params,
+    *,
+    replace: Mapping[str, Array] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a prompt to a folder in PEFT's layout: PEFT, and `load_prompt`, read it.
 
@@ -58,6 +66,7 @@ def save_prompt(
         config: with its sizes.
         params: trained arrays or stored ones, of any library.
         replace: tensor of the model -> values that take its place.
+        extra: further fields for the configuration's file.
 
     Raises:
         MatchError, ShapeError: the arrays are not those of the configuration.
@@ -75,7 +84,7 @@ def save_prompt(
     stored = {name: to_host(array) for name, array in config.to_store(params).items()}
     config.check_shapes({name: values.shape for name, values in stored.items()}, str(folder))
     disk = {name: row.disk or name for name, row in config.stored().items()}
-    written = config_to_dict(config) | {"inference_mode": True}
+    written = dict(extra or {}) | config_to_dict(config) | {"inference_mode": True}
     tensors = {disk[name]: values for name, values in stored.items()}
     tensors |= {_PREFIX + name: to_host(array) for name, array in (replace or {}).items()}
     write_folder(Path(folder), written, tensors)
@@ -112,7 +121,8 @@ def load_prompt(
             raise MatchError(message)
     config.check_shapes({name: tensors[key].shape for key, name in here.items() if key in tensors}, str(place))
     params = {name: _beside(tensors.read(key), like) for key, name in here.items()}
-    return SavedPrompt(config, params, {key.removeprefix(_PREFIX): _beside(tensors.read(key), like) for key in others})
+    replace = {key.removeprefix(_PREFIX): _beside(tensors.read(key), like) for key in others}
+    return SavedPrompt(config, params, replace, unknown_fields(config, read_json(place / "adapter_config.json")))
 
 
 def source_prompt(path: str | Path) -> dict[str, np.ndarray]:

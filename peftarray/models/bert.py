@@ -24,8 +24,7 @@ from peftarray.models.heads import join_heads, split_heads
 from peftarray.models.inputs import Tokens, score_mask, token_numbers, token_positions
 from peftarray.models.linear import Weights, embedding, find, linear
 from peftarray.models.model import Model, Tensor
-from peftarray.models.prompt import behind, masked_behind, prefix, virtual_rows, virtual_tokens
-from peftarray.prompts.prompt import TOKENS
+from peftarray.models.prompt import behind, prefix, virtual_rows, virtual_tokens
 from peftarray.random import normal_of
 from peftarray.settings import check_settings, number, one_of, optional, refused, setting, whole
 
@@ -149,12 +148,14 @@ class Bert(Model):
         like = find(weights, f"{start}.LayerNorm.weight")
         ids = token_numbers(input_ids, like, config.vocab_size)
         batch, length = ids.shape
+        virtual = virtual_tokens(weights)
         rows = virtual_rows(weights, batch, config.hidden_size)
         heads = config.num_attention_heads
         earlier = prefix(weights, batch, config.num_hidden_layers, heads, config.hidden_size // heads)
-        past, whole = (virtual_tokens(weights), length) if earlier else (0, virtual_tokens(weights) + length)
-        places = token_positions(None, batch, past, whole, config.max_position_embeddings)
-        mask = score_mask(masked_behind(virtual_tokens(weights), attention_mask, like), batch, past, whole, like)
+        past, whole = virtual.pairs, virtual.rows + length
+        places = virtual.placed(None, batch, 0, length, first=rows is not None)
+        places = token_positions(places, batch, past, whole, config.max_position_embeddings)
+        mask = score_mask(virtual.masked(attention_mask, like, batch, length), batch, past, whole, like)
         kinds = np.zeros((batch, length), np.int64) if token_type_ids is None else token_type_ids
         kinds = token_numbers(kinds, like, config.type_vocab_size, "token_type_ids")
         if tuple(kinds.shape) != (batch, length):
@@ -165,7 +166,8 @@ class Bert(Model):
         if rows is not None:
             rows = rows + embedding(weights, f"{start}.token_type_embeddings", integers([0], like))
         x = behind(rows, x, batch)
-        x = x + embedding(weights, f"{start}.position_embeddings", integers(np.tile(places, batch), like))
+        every = np.broadcast_to(places, (batch, whole)).reshape(-1)
+        x = x + embedding(weights, f"{start}.position_embeddings", integers(every, like))
         x = self._norm(weights, f"{start}.LayerNorm", x)
         apply_layer = self.around(self._apply_layer)
         for layer in range(config.num_hidden_layers):
@@ -182,7 +184,13 @@ class Bert(Model):
         if f"{name}.weight" not in weights:
             message = f"the weights have no {name}.weight; use the mean of the tokens (embed), or another checkpoint"
             raise MatchError(message)
-        pooled = linear(weights, name, hidden[:, 0, :])
+        batch, whole, width = hidden.shape
+        virtual, first = virtual_tokens(weights), hidden[:, 0, :]
+        if virtual.own is not None:
+            rows = namespace(hidden).reshape(hidden, (-1, width))
+            starts = virtual.rows - virtual.own[:, 0] + np.arange(batch) * whole
+            first = namespace(rows).take(rows, integers(starts, rows), axis=0)
+        pooled = linear(weights, name, first)
         return namespace(pooled).tanh(pooled)
 
     def embed(
@@ -199,7 +207,7 @@ class Bert(Model):
         Cosine similarities of normalised vectors are `vectors @ vectors.T`. Other arguments as for the logits.
         """
         hidden = self.hidden_states(weights, input_ids, attention_mask, token_type_ids=token_type_ids)
-        hidden = hidden[:, virtual_tokens(weights) if TOKENS in weights else 0 :, :]
+        hidden = hidden[:, virtual_tokens(weights).rows :, :]
         xp = namespace(hidden)
         if attention_mask is None:
             mean = xp.mean(hidden, axis=1)

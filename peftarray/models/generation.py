@@ -61,7 +61,7 @@ def generate(
     _check_settings(max_new_tokens, temperature, top_k, top_p)
     texts = np.asarray(to_host(input_ids) if hasattr(input_ids, "dtype") else input_ids)
     mask = _prompt_mask(attention_mask, texts)
-    if virtual_tokens(weights) + texts.shape[-1] + max_new_tokens > model.limit:
+    if virtual_tokens(weights).total + texts.shape[-1] + max_new_tokens > model.limit:
         message = (
             f"{texts.shape[-1]} tokens and {max_new_tokens} new ones are more than the {model.limit} that this model "
             "takes; ask for less"

@@ -9,16 +9,17 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from peftarray.adapted_weight import AdaptedWeight, adapted
 from peftarray.arrays import Array, namespace, weight_product
-from peftarray.errors import MatchError
+from peftarray.errors import MatchError, UnsupportedError
+from peftarray.method import AdapterConfig
 from peftarray.methods import TrainableTokensConfig
 from peftarray.models.cache import Cache, Pair
 from peftarray.models.generation import generate
 from peftarray.models.inputs import Tokens, score_mask, token_numbers, token_positions
 from peftarray.models.linear import Weights, find
-from peftarray.models.prompt import behind, masked_behind, placed_behind, prefix, virtual_rows, virtual_tokens
+from peftarray.models.prompt import behind, prefix, virtual_rows, virtual_tokens
 from peftarray.prompts.prompt import KEY_VALUES, TOKENS
+from peftarray.stand_in import StandIn
 
 __all__ = ["HEAD", "Decoder", "Model", "Tensor"]
 
@@ -189,7 +190,7 @@ class Decoder(Model):
         embedding, head = find(weights, self.prefix + self.input_embedding), self.head(weights)
         if HEAD in weights or head is embedding:
             return {}
-        return {HEAD: head.dense() if isinstance(head, AdaptedWeight) else head}
+        return {HEAD: head.dense() if isinstance(head, StandIn) else head}
 
     generate = generate
 
@@ -210,19 +211,23 @@ class Decoder(Model):
         batch, length = ids.shape
         earlier, rows = (cache.layers if cache else ()), None
         virtual = virtual_tokens(weights)
-        if virtual and not earlier:
+        windows = {config.window(number) for number in range(config.depth)}
+        if virtual.rows and virtual.pairs and windows != {None}:
+            message = f"{type(self).__name__} sees a window of tokens, so a batch has virtual tokens of one kind"
+            raise UnsupportedError(message)
+        fresh = not earlier
+        if virtual.total and fresh:
             earlier = prefix(weights, batch, config.depth, *self.heads_of_keys)
             rows = virtual_rows(weights, batch, find(weights, self.prefix + self.input_embedding).shape[1])
         past = earlier[0][0].shape[2] if earlier else 0
-        attention_mask = masked_behind(virtual, attention_mask, like)
-        positions = placed_behind(virtual, positions, first=rows is not None)
-        length += virtual if rows is not None else 0
-        own = length if with_prompt else ids.shape[1]
+        known = past - (virtual.pairs if fresh else virtual.total)
+        attention_mask = virtual.masked(attention_mask, like, batch, known + length)
+        positions = virtual.placed(positions, batch, known, length, first=rows is not None)
+        text = length
+        length += virtual.rows if rows is not None else 0
+        own = length if with_prompt else text
         places = token_positions(positions, batch, past, length, self.limit)
-        masks = {
-            window: score_mask(attention_mask, batch, past, length, like, window=window)
-            for window in {config.window(number) for number in range(config.depth)}
-        }
+        masks = {window: score_mask(attention_mask, batch, past, length, like, window=window) for window in windows}
         aids = self.aids(places, like)
         x = behind(rows, self.embed(weights, namespace(ids).reshape(ids, (-1,))), batch)
         x = self.place(weights, x, places)
@@ -284,9 +289,8 @@ class Decoder(Model):
 
 def _shared(embedding: Array) -> Array:
     """An embedding as a head sees it that is tied to it: without adapters that are the embedding's alone."""
-    if not isinstance(embedding, AdaptedWeight):
-        return embedding
-    config, base = embedding.adapter.config, _shared(embedding.base)
-    if config.keeps_tied() or config.peft_type == TrainableTokensConfig.peft_type:
-        return embedding if base is embedding.base else adapted(embedding.adapter, base)
-    return base
+    return embedding.kept(_follows_ties) if isinstance(embedding, StandIn) else embedding
+
+
+def _follows_ties(method: AdapterConfig) -> bool:
+    return method.keeps_tied() or method.peft_type == TrainableTokensConfig.peft_type

@@ -22,12 +22,16 @@ from peftarray.method_dropout import Drop
 from peftarray.prompts.host import Host
 from peftarray.settings import boolean, check_settings, name_list, one_of, optional, setting, text, whole
 
-__all__ = ["EMBEDDINGS", "KEY_VALUES", "TOKENS", "Prompt", "TokenPrompt", "VirtualTokens"]
+__all__ = ["COUNTS", "EMBEDDINGS", "KEY_VALUES", "TOKENS", "Prompt", "TokenPrompt", "VirtualTokens"]
 
 TOKENS = "prompt.tokens"
 """The name of virtual tokens among a model's weights: rows `(n, width)` before a text's, or `(tasks, n, width)`."""
 KEY_VALUES = "prompt.key_values"
 """The name of a prefix: `(2 * layers, groups, n, head width)`, the keys of a layer and then its values."""
+COUNTS = "prompt.counts"
+"""The name of how many virtual tokens are each text's own, a host array `(batch, 2)` of those of `TOKENS` and of
+`KEY_VALUES`: the last of so many as the longest has. Both then have a row for each text: `(batch, n, width)`, and
+`(2 * layers, batch, groups, n, head width)`."""
 EMBEDDINGS = "prompt_embeddings"
 """What PEFT's files call virtual tokens, and a prefix as rows."""
 

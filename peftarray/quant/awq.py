@@ -64,7 +64,7 @@ class AWQ(Codec):
     def row_step(self, shape: tuple[int, ...]) -> int:
         return _EACH
 
-    def quantize(self, weight: Array) -> dict[str, Array]:
+    def encode(self, weight: Array) -> dict[str, Array]:
         message = "awq weights come out of a calibration on data; quantise to another codec, such as ints"
         raise UnsupportedError(message)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
-from peftarray.arrays import Array, Params
+from peftarray.arrays import Array, Params, device, namespace
 from peftarray.dtypes import storage_dtype
 from peftarray.errors import ShapeError
 
@@ -57,18 +57,31 @@ class Codec(abc.ABC):
         """
 
     @abc.abstractmethod
-    def quantize(self, weight: Array) -> dict[str, Array]:
-        """A weight's parts, in the library and on the device of the weight.
-
-        Raises:
-            NumberError: the weight holds NaN or infinity.
-            ShapeError: its shape cannot be stored so.
-            UnsupportedError: this codec only reads.
-        """
+    def encode(self, weight: Array) -> dict[str, Array]:
+        """The parts of a weight whose shape can be stored; `quantize` is what callers use."""
 
     @abc.abstractmethod
     def decode(self, parts: Params, shape: tuple[int, ...], begin: int, end: int) -> Array:
-        """The rows from `begin` to `end` in float32, of parts that fit; `dequantize` is what callers use."""
+        """The rows from `begin` to `end` in float32, one at least, of parts that fit; callers use `dequantize`."""
+
+    @final
+    def quantize(self, weight: Array) -> dict[str, Array]:
+        """A weight's parts, in the library and on the device of the weight.
+
+        Args:
+            weight: floating numbers, rounded to float32 first.
+
+        Raises:
+            NumberError: the weight holds NaN or infinity.
+            ShapeError: its shape cannot be stored so, or it holds no number.
+            UnsupportedError: this codec only reads.
+        """
+        shape = tuple(weight.shape)
+        if not shape or not entries(shape):
+            message = f"a weight of shape {shape} has no rows of numbers to quantise; leave it as it is"
+            raise ShapeError(message)
+        self.parts(shape)
+        return self.encode(weight)
 
     @final
     def dequantize(self, parts: Params, shape: tuple[int, ...], *, rows: tuple[int, int] | None = None) -> Array:
@@ -87,6 +100,10 @@ class Codec(abc.ABC):
         if not 0 <= begin <= end <= shape[0]:
             message = f"rows {begin} to {end} of a weight with {shape[0]} rows; give 0 <= begin <= end <= {shape[0]}"
             raise ShapeError(message)
+        if begin == end or not entries(shape):
+            first = next(iter(parts.values()))
+            xp = namespace(first)
+            return xp.zeros((end - begin, *shape[1:]), dtype=xp.float32, device=device(first))
         return self.decode(parts, shape, begin, end)
 
     @final

@@ -68,7 +68,7 @@ class FourBit(Codec):
     def row_step(self, shape: tuple[int, ...]) -> int:
         return rows_between_blocks(shape, math.lcm(self.block, 2))
 
-    def quantize(self, weight: Array) -> dict[str, Array]:
+    def encode(self, weight: Array) -> dict[str, Array]:
         codes, absmax = map_blocks(flat(weight), math.lcm(self.block, 2), self._codes)
         if not self.double:
             return {"codes": codes, "absmax": absmax}

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import ml_dtypes
 import numpy as np
 
-from peftarray.arrays import Array, Params, constant, device, namespace
+from peftarray.arrays import Array, Params, constant, namespace
 from peftarray.errors import ShapeError
 from peftarray.quant.blocks import absmax_of, block_count, expand_scaled, flat, map_blocks, tiles
 from peftarray.quant.codebooks import POWERS, float8, float8_table, float8_thresholds
@@ -82,8 +82,7 @@ class FP8(Codec):
     def row_step(self, shape: tuple[int, ...]) -> int:
         return self.block[0] if self.scale == "block" and len(shape) == 2 else 1
 
-    def quantize(self, weight: Array) -> dict[str, Array]:
-        self.parts(tuple(weight.shape))
+    def encode(self, weight: Array) -> dict[str, Array]:
         quantize = {"tensor": self._quantize_tensor, "row": self._quantize_rows, "block": self._quantize_blocks}
         codes, scale = quantize[self.scale](weight)
         return {"codes": namespace(codes).reshape(codes, weight.shape), "scale": scale}
@@ -154,7 +153,7 @@ class FP8(Codec):
         else:
             pairs = zip(_matrices(codes), _matrices(scale[begin:end, ...]), strict=True)
             found = [self._decode_matrix(matrix, mine, 0) for matrix, mine in pairs]
-            values = xp.stack(found) if found else xp.zeros((0,), dtype=xp.float32, device=device(codes))
+            values = xp.stack(found)
         return xp.reshape(values, codes.shape)
 
     def _decode_matrix(self, codes: Array, scale: Array, begin: int) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 from peftarray.arrays import Array, Params
 from peftarray.errors import ShapeError, UnsupportedError
 from peftarray.quant.blocks import finite
-from peftarray.quant.codec import Codec, Part, row_size
+from peftarray.quant.codec import Codec, Part
 from peftarray.settings import check_settings, one_of, setting
 
 __all__ = ["GGUF"]
@@ -50,8 +50,7 @@ class GGUF(Codec):
             raise ShapeError(message)
         return {"blocks": Part((*shape[:-1], shape[-1] // block * size), "U8")}
 
-    def quantize(self, weight: Array) -> dict[str, Array]:
-        self.parts(tuple(weight.shape))
+    def encode(self, weight: Array) -> dict[str, Array]:
         values = _of_numpy(weight).astype(np.float32)
         finite(np.abs(values))
         package = _package()
@@ -65,8 +64,6 @@ class GGUF(Codec):
     def decode(self, parts: Params, shape: tuple[int, ...], begin: int, end: int) -> Array:
         package = _package()
         blocks = _of_numpy(parts["blocks"])[begin:end]
-        if begin == end or not row_size(shape):
-            return np.zeros((end - begin, *shape[1:]), np.float32)
         rows = np.ascontiguousarray(blocks).reshape(-1, blocks.shape[-1])
         return package.quants.dequantize(rows, package.GGMLQuantizationType[self.type]).reshape(end - begin, *shape[1:])
 

@@ -72,7 +72,7 @@ class GPTQ(Codec):
     def row_step(self, shape: tuple[int, ...]) -> int:
         return 32
 
-    def quantize(self, weight: Array) -> dict[str, Array]:
+    def encode(self, weight: Array) -> dict[str, Array]:
         message = "gptq weights come out of a calibration on data; quantise to another codec, such as ints"
         raise UnsupportedError(message)
 

@@ -50,7 +50,7 @@ class Int8Rows(Codec):
     def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
         return {"codes": Part(shape, "I8"), "absmax": Part(shape[:1], "F32")}
 
-    def quantize(self, weight: Array) -> dict[str, Array]:
+    def encode(self, weight: Array) -> dict[str, Array]:
         xp = namespace(weight)
         width = row_size(weight.shape)
 
@@ -107,7 +107,7 @@ class Int8Blocks(Codec):
     def row_step(self, shape: tuple[int, ...]) -> int:
         return rows_between_blocks(shape, self.block)
 
-    def quantize(self, weight: Array) -> dict[str, Array]:
+    def encode(self, weight: Array) -> dict[str, Array]:
         codes, absmax = quantize_dynamic(flat(weight), self.block)
         return {"codes": namespace(codes).reshape(codes, weight.shape), "absmax": absmax}
 

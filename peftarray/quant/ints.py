@@ -87,12 +87,11 @@ class Ints(Codec):
     def row_step(self, shape: tuple[int, ...]) -> int:
         return 1 if self.symmetric else 32
 
-    def quantize(self, weight: Array) -> dict[str, Array]:
+    def encode(self, weight: Array) -> dict[str, Array]:
         if self.act_order:
             message = "the order of ints with act_order comes out of a calibration on data; quantise without it"
             raise UnsupportedError(message)
         shape = tuple(weight.shape)
-        require_matrix(shape, self.kind)
         if shape[1] % (self.group or shape[1]):
             message = f"{shape[1]} columns are no multiple of the group of {self.group}; give a group that divides them"
             raise ShapeError(message)

@@ -46,7 +46,7 @@ class MLX(Codec):
         codes = Part((*shape[:-1], word_count(shape[-1], self.bits)), "I32")
         return {"codes": codes, "scale": Part(groups, "F32"), "bias": Part(groups, "F32")}
 
-    def quantize(self, weight: Array) -> dict[str, Array]:
+    def encode(self, weight: Array) -> dict[str, Array]:
         """Rounded to nearest between the extremes of each group; MLX moves its steps so that zero is one of them."""
         parts, xp, columns = self.parts(tuple(weight.shape)), namespace(weight), weight.shape[-1]
         most = (1 << self.bits) - 1

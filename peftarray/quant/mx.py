@@ -50,7 +50,7 @@ class MXFP4(Codec):
         codes, groups = _shapes(shape, _MX_GROUP, self.kind)
         return {"codes": Part(codes, "U8"), "scale": Part(groups, "U8")}
 
-    def quantize(self, weight: Array) -> dict[str, Array]:
+    def encode(self, weight: Array) -> dict[str, Array]:
         def make(tile: Array) -> tuple[Array, Array]:
             xp = namespace(tile)
             absmax = absmax_of(tile, _MX_GROUP)
@@ -98,7 +98,7 @@ class NVFP4(Codec):
         codes, groups = _shapes(shape, _NV_GROUP, self.kind)
         return {"codes": Part(codes, "U8"), "scale": Part(groups, "U8"), "global_scale": Part((), "F32")}
 
-    def quantize(self, weight: Array) -> dict[str, Array]:
+    def encode(self, weight: Array) -> dict[str, Array]:
         xp, parts, values = namespace(weight), self.parts(tuple(weight.shape)), flat(weight)
         (absmax,) = map_blocks(values, _NV_GROUP, lambda tile: (absmax_of(tile, _NV_GROUP),))
         largest = xp.max(absmax)

@@ -23,17 +23,17 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from turns import Contender, serve
 
 SIZE, ROWS, LAYERS = 1024, 256, 2
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -159,12 +159,12 @@ def our_actions(name: str, library: Any, asarray: Callable[[np.ndarray], Any]) -
     return {"step": step, "merge": merge, "forward": forward}
 
 
-def serve(contender: str) -> None:
-    """Answers requests: `[method, action, seconds]` on a line, and back `[median ms, numbers of the result]`."""
+def contend(contender: str) -> None:
+    """Answers `method, action, seconds` with `[median ms, numbers of the result]`."""
     warnings.simplefilter("ignore")
     ready: dict[str, dict[str, Action]] = {}
-    for line in sys.stdin:
-        name, action, seconds = json.loads(line)
+
+    def answer(name: str, action: str, seconds: float) -> tuple[float, list[float]]:
         if name not in ready:
             ready.clear()
             if contender == "peft":
@@ -176,7 +176,9 @@ def serve(contender: str) -> None:
                 ready[name] = our_actions(name, torch, torch.asarray)
             else:
                 ready[name] = our_actions(name, np, np.asarray)
-        print(json.dumps(timed(ready[name], action, seconds)), flush=True)
+        return timed(ready[name], action, seconds)
+
+    serve(answer)
 
 
 def timed(actions: dict[str, Action], action: str, seconds: float) -> tuple[float, list[float]]:
@@ -198,44 +200,16 @@ def timed(actions: dict[str, Action], action: str, seconds: float) -> tuple[floa
 # The measurement.
 
 
-@dataclass
-class Contender:
-    """A process that measures when it is asked."""
-
-    name: str
-    process: subprocess.Popen[str]
-
-    @classmethod
-    def start(cls, name: str, threads: int, keep_memory: bool) -> Contender:
-        variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        environment = os.environ | dict.fromkeys(variables, str(threads)) | {"HF_HUB_OFFLINE": "1"}
-        if keep_memory:
-            environment |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
-        command = [sys.executable, __file__, "--serve", name]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        return cls(name, subprocess.Popen(command, env=environment, **pipes))
-
-    def ask(self, method: str, action: str, seconds: float) -> tuple[float, list[float]]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(json.dumps([method, action, seconds]), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"{self.name} ended at {action} of {method}.")
-        milliseconds, numbers = json.loads(answer)
-        return milliseconds, numbers
-
-    def end(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+_KEEP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+"""Lets glibc keep what is freed."""
 
 
 def measure(
     methods: list[str], threads: int, rounds: int, seconds: float, keep_memory: bool
 ) -> dict[str, dict[str, dict[str, float]]]:
     """method -> action -> contender -> median of the rounds' medians, in ms."""
-    contenders = [Contender.start(name, threads, keep_memory) for name in ("peft", "torch", "numpy")]
+    variables = _KEEP if keep_memory else {}
+    contenders = [Contender.start(__file__, name, threads, variables) for name in ("peft", "torch", "numpy")]
     try:
         return {name: measure_method(name, contenders, rounds, seconds) for name in methods}
     finally:
@@ -308,7 +282,7 @@ def main() -> None:
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(options.serve)
+        contend(options.serve)
         return
     methods = [name for name in options.methods or METHODS if name in written()]
     missing = [name for name in options.methods or METHODS if name not in methods]

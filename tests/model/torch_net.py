@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
+from peftarray import AdapterConfig, get_peft_model
+
 from .cases import LAYERS, VOCABULARY, WIDTH, base_weights
 
-__all__ = ["Net", "randomise"]
+__all__ = ["Net", "randomise", "several"]
 
 
 class _Norm(nn.Module):
@@ -64,3 +69,14 @@ def randomise(module: nn.Module) -> nn.Module:
             if parameter.requires_grad:
                 parameter += 0.2 * torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype)
     return module
+
+
+def several(configs: Mapping[str, AdapterConfig], *names: str, **options: bool) -> Any:
+    """A model with these of the table's adapters under their own names; the last is active."""
+    first, *others = names
+    model = randomise(get_peft_model(Net(**options), configs[first], adapter_name=first))
+    for seed, name in enumerate(others, start=1):
+        model.add_adapter(name, configs[name], seed=seed)
+        model.set_adapter(name)
+        randomise(model)
+    return model.eval()

@@ -105,7 +105,7 @@ def test_a_trained_head_is_a_copy(tmp_path):
     head = base.classifier.weight.clone()
     model = randomised(pa.get_peft_model(base, own_config("PROMPT_TUNING", "SEQ_CLS"), adapter_name="poet"))
     assert "base_model.classifier.modules_to_save.poet.weight" in model.state_dict()
-    assert not torch.equal(model.classifier.current.weight, head)
+    assert not torch.equal(model.classifier.behind.weight, head)
     model.save_pretrained(tmp_path)
     again = pa.PeftModel.from_pretrained(
         built("BertForSequenceClassification", LLAMA | {"num_labels": 3}), tmp_path / "poet"

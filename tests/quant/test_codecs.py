@@ -107,6 +107,17 @@ def test_parts_that_do_not_fit_are_refused(how, shape, error):
             how.dequantize(parts, shape, rows=rows)
 
 
+@pytest.mark.parametrize(("how", "shape", "error"), CASES)
+def test_nothing_is_no_weight(how, shape, error, asarray, to_numpy, xp):
+    for empty in ((), (0, *shape[1:]), (*shape[:-1], 0)):
+        with pytest.raises(ShapeError):
+            how.quantize(asarray(np.zeros(empty, np.float32)))
+    if xp.__name__ != "jax.numpy":
+        parts = {name: asarray(part) for name, part in how.quantize(normal(shape)).items()}
+        none = to_numpy(how.dequantize(parts, shape, rows=(1, 1)))
+        np.testing.assert_array_equal(none, np.zeros((0, *shape[1:]), np.float32), strict=True)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float64", "bfloat16"])
 @pytest.mark.parametrize(("how", "shape", "error"), [*CASES, *HOST])
 def test_other_dtypes_are_rounded_to_float32_first(how, shape, error, dtype):

@@ -275,6 +275,20 @@ def test_layouts_write_what_they_can():
         writable_layout("bitsandbytes").config(MXFP4(), skipped=[], dtype="F32")
 
 
+def test_one_number_is_a_scale_for_all_and_never_a_weight(tmp_path):
+    """What a header claims allocates nothing: one code does not stand for a petabyte."""
+    tensors = {"p.weight": np.zeros((8, 64), np.int8), "p.weight_scale": np.full(1, 0.5, np.float32)}
+    found, read = found_in(tensors, {"quant_method": "compressed-tensors"}, tmp_path)
+    np.testing.assert_array_equal(found["p.weight"].dequantize(read), np.zeros((8, 64), np.float32))
+    how = NormalFloat(double=False)
+    tensors = LAYOUTS["bitsandbytes"].write("w", (1, 64), how, how.quantize(normal((1, 64))), dtype="F32")
+    state = "w.quant_state.bitsandbytes__nf4"
+    claimed = json.loads(tensors[state].tobytes()) | {"shape": [1 << 30, 1 << 30], "blocksize": 1 << 60}
+    tensors |= {state: np.frombuffer(json.dumps(claimed).encode(), np.uint8), "w": np.zeros((1, 1), np.uint8)}
+    with pytest.raises(FormatError, match=r"w has shape .* needs"):
+        found_in(tensors, {"quant_method": "bitsandbytes"}, tmp_path)
+
+
 def test_a_weight_that_is_there_twice(tmp_path):
     how = Ints(bits=4, group=32)
     weight = normal((8, 64))

@@ -19,6 +19,7 @@ Read = Callable[[str], np.ndarray]
 """A tensor of the checkpoint by its name, in its storage dtype."""
 
 _BYTES = ("U8", "I8")
+_SHARED = ("scale", "zeros", "global_scale")  # parts of which a file may hold one number for all
 
 
 class Header(Protocol):
@@ -66,7 +67,7 @@ class StoredWeight:
         wanted = self.codec.parts(self.shape)
         found = dict(self.constants)
         for name, tensor in self.tensors.items():
-            found[name] = as_part(read(tensor), wanted[name], tensor)
+            found[name] = as_part(read(tensor), wanted[name], tensor, spread=name in _SHARED)
         return found
 
     def dequantize(self, read: Read, *, rows: tuple[int, int] | None = None) -> np.ndarray:
@@ -89,7 +90,7 @@ class StoredWeight:
                 raise UnsupportedError(message)
             as_bytes = part.dtype in _BYTES and count * known.bits == part.nbytes * 8
             as_numbers = part.dtype not in _BYTES and count == entries(part.shape)
-            if not (as_bytes or as_numbers or count == 1):
+            if not (as_bytes or as_numbers or (count == 1 and name in _SHARED)):
                 raise FormatError(_misfit(self.tensors[name], header.shape, part))
 
     def names(self) -> tuple[str, ...]:
@@ -203,8 +204,8 @@ class WritableLayout(Layout):
         return UnsupportedError(message)
 
 
-def as_part(stored: np.ndarray, part: Part, name: str) -> np.ndarray:
-    """A stored tensor as the part of a codec: the same bytes, or one scale for all that share it.
+def as_part(stored: np.ndarray, part: Part, name: str, *, spread: bool) -> np.ndarray:
+    """A stored tensor as the part of a codec: the same bytes, or with `spread` one number for all.
 
     Raises:
         FormatError: it has a dtype or a size that the part cannot have.
@@ -226,7 +227,7 @@ def as_part(stored: np.ndarray, part: Part, name: str) -> np.ndarray:
         raise FormatError(message)
     if stored.size == entries(part.shape):
         return stored.reshape(part.shape)
-    if stored.size == 1:
+    if spread and stored.size == 1:
         return np.broadcast_to(stored.reshape(()), part.shape)  # a view, without a copy
     raise FormatError(_misfit(name, stored.shape, part))
 
