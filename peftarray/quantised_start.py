@@ -30,8 +30,8 @@ def loftq(model: Any, config: LoraConfig, *, skip: Iterable[str] = (), seed: int
 
     Args:
         model: a mapping of names to float arrays, or an object with such `weights`.
-        config: with targets; `init_lora_weights` may be `"loftq"`. What is saved says True: the base that belongs to the
-            adapter is the quantised one, `result.base`, which `models.save` writes.
+        config: with targets; `init_lora_weights` may be `"loftq"`. What is saved says True: the base that belongs to
+            the adapter is the quantised one, `result.base`, which `models.save` writes.
         skip: modules that stay as they are, and are not targeted.
         seed: of what is drawn for other layers than linear ones.
 

@@ -30,8 +30,8 @@ class QuantisedWeight(StandIn):
 
     `x @ w.mT`, `x @ w`, rows of an embedding and norms of rows go through tiles of the stored weight's rows: at most
     2^18 numbers (1 MB) are decoded at once on NumPy, 2^22 on other libraries, but for codecs whose rows only come in
-    larger steps. A gradient for `x` decodes the tiles once more; nothing of the weight is kept for it. Any other function
-    forms the whole weight, and counts that.
+    larger steps. A gradient for `x` decodes the tiles once more; nothing of the weight is kept for it. Any other
+    function forms the whole weight, and counts that.
 
     Attributes:
         codec: how its numbers are stored.
