@@ -6,8 +6,8 @@
 Every contender runs in a process of its own, one after the other. All train LoRA (r = 8, alpha = 16) on every linear
 layer of the same numbers, those of the bfloat16 checkpoint, computed in float32, by the same batches of this
 repository's guides; the loss is then that of rows that none has seen. "NF4" quantises linear layers; "NF4 + 6 bits" the
-embedding as well, which is SmolLM2's head, to packed integers. Memory is the most that the process held: after the weights were loaded,
-beyond what it held before, and in its whole life.
+embedding as well, which is SmolLM2's head, to packed integers. Memory is the most that the process held: after the
+weights were loaded, beyond what it held before, and in its whole life.
 """
 
 from __future__ import annotations

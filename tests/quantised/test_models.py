@@ -1,4 +1,4 @@
-"""Quantised models: which weights are, on mappings, models of every library and torch modules; loading, training, saving."""
+"""Quantised models: mappings, models of every library and torch modules; loading, training and saving."""
 
 from __future__ import annotations
 
