@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import peftarray as pa
-from peftarray import FormatError, LoraConfig, MatchError, adapter_verbs
-from peftarray.model import PeftModel
+from peftarray import FormatError, LoraConfig, MatchError
+from peftarray.model import PeftModel, verbs
 
 from ..model.cases import CONFIGS, base_weights, moved, run
 
@@ -70,14 +70,14 @@ def test_files_are_read_when_they_are_used(base, folders, monkeypatch, asarray, 
     model = PeftModel(base)
     model.load_adapter(folders["a"], "a")
     read: list[Path] = []
-    original = adapter_verbs.load_adapter
+    original = verbs.load_adapter
 
     def load(base: Any, folder: Path, **options: Any) -> Any:
         read.append(folder)
         return original(base, folder, **options)
 
     again = PeftModel.from_pretrained(base, folders["c"], adapter_name="c")
-    monkeypatch.setattr(adapter_verbs, "load_adapter", load)
+    monkeypatch.setattr(verbs, "load_adapter", load)
     for name in "bcd":
         model.load_adapter(folders[name], name, lazy=True)
     assert (read, inside(model)) == ([], "a")
