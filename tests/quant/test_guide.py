@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "quantisation.md"
 
 def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 6
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks:
