@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     from peftarray.merging import quantize_checkpoint as quantize_checkpoint
     from peftarray.merging import verify as verify
     from peftarray.method import AdapterConfig as AdapterConfig
-    from peftarray.method import Additive as Additive
-    from peftarray.method import LowRank as LowRank
     from peftarray.method import Param as Param
-    from peftarray.method import Transform as Transform
+    from peftarray.method_kinds import Additive as Additive
+    from peftarray.method_kinds import LowRank as LowRank
+    from peftarray.method_kinds import Transform as Transform
     from peftarray.methods import METHODS as METHODS
     from peftarray.methods import AdaLoraConfig as AdaLoraConfig
     from peftarray.methods import BOFTConfig as BOFTConfig
@@ -116,7 +116,8 @@ _HOMES = {
     "inspection": "Inspection inspect",
     "layers": "Layer Window",
     "merging": "MergeReport Verification merge quantize_checkpoint verify",
-    "method": "AdapterConfig Additive LowRank Param Transform",
+    "method": "AdapterConfig Param",
+    "method_kinds": "Additive LowRank Transform",
     "methods": "METHODS AdaLoraConfig BOFTConfig IA3Config LoHaConfig LoKrConfig LoraConfig OFTConfig"
     " TrainableTokensConfig VeraConfig",
     "model": "PeftModel get_peft_model PromptModel",

@@ -23,15 +23,14 @@ from typing import Any, ClassVar, Self
 
 from peftarray import patterns
 from peftarray.adapter import Adapter
-from peftarray.arrays import Array, Params, add_matmul, constant, thin_product, wide
+from peftarray.arrays import Array, Params, constant, wide
 from peftarray.errors import ConfigError, MatchError, ShapeError, UnsupportedError, nearest
-from peftarray.layers import Kind, Layer, Window, contract, through
+from peftarray.layers import Kind, Layer, Window, contract
 from peftarray.method_dropout import Dropout
 from peftarray.random import Draw
-from peftarray.routes import Weight
 from peftarray.settings import boolean, check_settings, indices, name_list, names, setting, text
 
-__all__ = ["AdapterConfig", "Additive", "LowRank", "Param", "Transform"]
+__all__ = ["AdapterConfig", "Param"]
 
 _AXIS = re.compile(r"\d*(out|in)(/\w+)?")
 # What says where an adapter goes, or where it came from, and not what it computes: `at(name)` puts it to its default.
@@ -405,96 +404,6 @@ class AdapterConfig(ABC):
             message = f"{type(self).__name__} has no meaning on {kind} layers; allowed are {', '.join(self.kinds)}"
             raise ConfigError(message)
         return Adapter(method, layer, method.init_params(layer, weight, seed))
-
-
-class LowRank(AdapterConfig):
-    """A method whose update is a product of two thin matrices: define `params` and `factors`."""
-
-    prepared: ClassVar[Mapping[str, str]] = {"up": "out r", "down": "r in"}
-
-    @property
-    def tiles(self) -> str:
-        return "out in"
-
-    @abstractmethod
-    def factors(self, p: Params, layer: Layer) -> tuple[Array, Array]:
-        """`up (out, r)` and `down (r, fan_in)`: the update is `up @ down`, scale included."""
-
-    def prepare(self, p: Params, layer: Layer) -> dict[str, Array]:
-        up, down = self.factors(p, layer)
-        return {"up": up, "down": down}
-
-    def needs_base(self) -> bool:
-        return False
-
-    def product(self, p: Params, layer: Layer) -> tuple[Array, Array] | None:
-        return self.factors(p, layer)
-
-    def update(self, p: Params, w: Array | None, layer: Layer) -> Array:
-        return thin_product(p["up"], p["down"])
-
-    def weight(self, p: Params, w: Array, layer: Layer) -> Array:
-        return add_matmul(w, p["up"], p["down"])
-
-    def inverse(self, p: Params, w: Array, layer: Layer) -> Array:
-        return w - self.update(p, w, layer)
-
-    def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
-        return contract(x, w, layer) + through(x, p["down"], p["up"], layer)
-
-    def apply_update(self, p: Params, x: Array, w: Array | None, layer: Layer) -> Array:
-        return through(x, p["down"], p["up"], layer)
-
-    def adds_apart(self) -> bool:
-        return True
-
-
-class Additive(AdapterConfig):
-    """A method whose update does not depend on the base: define `params` and `delta`."""
-
-    whole: ClassVar[bool] = False
-    """The update is made once and whole, and cut like an array of axes `out in`."""
-
-    @abstractmethod
-    def delta(self, p: Params, layer: Layer) -> Array:
-        """The update `(out, fan_in)`, from prepared (and cut) parameters."""
-
-    @property
-    def tiles(self) -> str:
-        return "out in"
-
-    def axes(self, layer: Layer) -> dict[str, str]:
-        return super().axes(layer) | ({"delta": "out in"} if self.whole else {})
-
-    def prepare(self, p: Params, layer: Layer) -> dict[str, Array]:
-        return {"delta": self.delta(p, layer)} if self.whole else dict(p)
-
-    def needs_base(self) -> bool:
-        return False
-
-    def update(self, p: Params, w: Array | None, layer: Layer) -> Array:
-        return p["delta"] if self.whole else self.delta(p, layer)
-
-    def weight(self, p: Params, w: Array, layer: Layer) -> Array:
-        return w + self.update(p, w, layer)
-
-    def inverse(self, p: Params, w: Array, layer: Layer) -> Array:
-        return w - self.update(p, w, layer)
-
-    def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
-        if isinstance(w, Weight) and w.is_packed:
-            return contract(x, w, layer) + contract(x, self.update(p, None, layer), layer)
-        return contract(x, self.weight(p, w, layer), layer)
-
-
-class Transform(AdapterConfig):
-    """Any other map of the weight: define `params`, `tiles`, `weight`, and `inverse` where one exists."""
-
-    def update(self, p: Params, w: Array, layer: Layer) -> Array:
-        return self.weight(p, w, layer) - w
-
-    def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
-        return contract(x, self.weight(p, w, layer), layer)
 
 
 def _follows(word: str, axis: str) -> bool:

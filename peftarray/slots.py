@@ -16,7 +16,7 @@ from peftarray.adapter import Adapter
 from peftarray.arrays import Array, device, namespace
 from peftarray.errors import ConfigError, ShapeError, UnsupportedError
 from peftarray.layers import Layer
-from peftarray.method import LowRank
+from peftarray.method_kinds import LowRank
 
 __all__ = [
     "Factors",

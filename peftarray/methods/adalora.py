@@ -13,8 +13,9 @@ from peftarray import random
 from peftarray.arrays import Array, Params
 from peftarray.errors import ConfigError, UnsupportedError
 from peftarray.layers import Kind, Layer
-from peftarray.method import LowRank, Param
+from peftarray.method import Param
 from peftarray.method_dropout import Dropout
+from peftarray.method_kinds import LowRank
 from peftarray.methods.lora import rows_of, token_indices
 from peftarray.settings import Rule, boolean, mapping_of, number, one_of, optional, refused, setting, whole
 

@@ -15,7 +15,8 @@ from peftarray import patterns, random
 from peftarray.arrays import Array, Params, namespace
 from peftarray.errors import ConfigError, UnsupportedError
 from peftarray.layers import Kind, Layer, contract, scale_outputs
-from peftarray.method import Param, Transform
+from peftarray.method import Param
+from peftarray.method_kinds import Transform
 from peftarray.settings import boolean, names, setting
 
 __all__ = ["IA3Config"]

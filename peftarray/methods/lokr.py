@@ -16,8 +16,9 @@ from typing import ClassVar
 from peftarray import random
 from peftarray.arrays import Array, Params, add_product, namespace, thin_product
 from peftarray.layers import Kind, Layer, contract, pays, through, tucker_factor
-from peftarray.method import Additive, Param
+from peftarray.method import Param
 from peftarray.method_dropout import Dropout
+from peftarray.method_kinds import Additive
 from peftarray.settings import Rule, boolean, mapping_of, number, one_of, optional, setting, whole
 
 __all__ = ["LoKrConfig", "split"]

@@ -16,8 +16,9 @@ from peftarray import random
 from peftarray.arrays import Array, Params, namespace, row_norms, stop_gradient
 from peftarray.errors import ConfigError, UnsupportedError
 from peftarray.layers import Kind, Layer, contract, scale_outputs
-from peftarray.method import LowRank, Param
+from peftarray.method import Param
 from peftarray.method_dropout import Dropout
+from peftarray.method_kinds import LowRank
 from peftarray.methods.lora_blocks import SIDES, block_diagonal, block_side
 from peftarray.random import Draw
 from peftarray.routes import Weight

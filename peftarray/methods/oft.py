@@ -17,8 +17,9 @@ from peftarray import random
 from peftarray.arrays import Array, Params, device, namespace
 from peftarray.errors import ConfigError, UnsupportedError
 from peftarray.layers import Kind, Layer, contract
-from peftarray.method import Param, Transform
+from peftarray.method import Param
 from peftarray.method_dropout import Dropout
+from peftarray.method_kinds import Transform
 from peftarray.rotations import cayley, diagonal_blocks, skew_symmetric, turn, wide
 from peftarray.settings import Rule, boolean, number, one_of, setting, whole
 

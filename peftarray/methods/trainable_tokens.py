@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 from peftarray.arrays import Array, Params, device, integers, namespace
 from peftarray.errors import ConfigError, ShapeError
 from peftarray.layers import Kind, Layer, contract
-from peftarray.method import Param, Transform
+from peftarray.method import Param
+from peftarray.method_kinds import Transform
 from peftarray.settings import Rule, boolean, setting
 
 __all__ = ["TrainableTokensConfig"]

@@ -13,8 +13,9 @@ from peftarray import random
 from peftarray.arrays import Array, Params, add_matmul, constant, thin_product, wide
 from peftarray.dtypes import rounded
 from peftarray.layers import Layer, Peers
-from peftarray.method import LowRank, Param
+from peftarray.method import Param
 from peftarray.method_dropout import Dropout
+from peftarray.method_kinds import LowRank
 from peftarray.random import TorchStream
 from peftarray.settings import Rule, boolean, number, one_of, setting, whole
 
