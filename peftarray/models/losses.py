@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from peftarray.arrays import Array, constant, integers, namespace
-from peftarray.autodiff.fused import frozen_cross_entropy, linear_cross_entropy, log_softmax
+from peftarray.autodiff.fused import linear_cross_entropy, log_softmax
+from peftarray.autodiff.fused.cross_entropy import frozen_cross_entropy
 from peftarray.errors import ShapeError
 from peftarray.models.bert import Bert
 from peftarray.models.linear import Weights

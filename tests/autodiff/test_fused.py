@@ -18,6 +18,7 @@ from peftarray import ConfigError, PeftError, ShapeError
 from peftarray.arrays import namespace, to_host
 from peftarray.autodiff import fused, primitive, value_and_grad
 from peftarray.autodiff.fused.bias import add_bias
+from peftarray.autodiff.fused.cross_entropy import frozen_cross_entropy
 
 
 class Case(NamedTuple):
@@ -184,6 +185,18 @@ def test_no_array_of_all_logits_is_made():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < rows * classes * 8 / 3
+
+
+@pytest.mark.parametrize("to_library", [np.asarray, strict])
+def test_a_head_that_is_no_argument_gives_the_same(to_library):
+    random, numbers = np.random.default_rng(0), np.asarray([0, 3, -100, 1, 2])
+    hidden, weight = random.standard_normal((5, 3)), random.standard_normal((4, 3))
+    value, wanted = value_and_grad(lambda h: fused.linear_cross_entropy(h, weight, numbers), hidden)
+    head, targets = to_library(weight), to_library(numbers)
+    for function in (frozen_cross_entropy, frozen_cross_entropy.formula):
+        found, gradient = value_and_grad(lambda h, f=function: f(h, targets, weight=head), to_library(hidden))
+        np.testing.assert_allclose(to_host(found), value, rtol=1e-12)
+        np.testing.assert_allclose(to_host(gradient), wanted, atol=1e-12)
 
 
 def test_a_causal_row_does_not_see_the_future():

@@ -168,12 +168,12 @@ def test_jax_sees_through_it():
     adapter = METHODS[0].init(base)
     other = replace(adapter, params={name: 2 * array for name, array in adapter.params.items()})
     for each in (adapter, other):
-        np.testing.assert_allclose(loss(adapted(each, base), x), ((x @ each.merge(base).T) ** 2).sum())
+        np.testing.assert_allclose(loss(adapted(each, base), x), ((x @ each.merge(base).T) ** 2).sum(), rtol=1e-5)
     assert len(traces) == 1
     gradient = jax.grad(loss)(adapted(adapter, base), x)
     wanted = jax.grad(lambda p: ((x @ replace(adapter, params=p).merge(base).T) ** 2).sum())(dict(adapter.params))
     for name, array in wanted.items():
-        np.testing.assert_allclose(gradient.adapter.params[name], array, atol=1e-10)
+        np.testing.assert_allclose(gradient.adapter.params[name], array, rtol=1e-5, atol=1e-5)
 
 
 FUNCTIONS: dict[str, Callable[[Any, Any, Any, Any], Any]] = {

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from peftarray.autodiff.fused.activations import gelu, log_softmax, silu_mul, softmax
 from peftarray.autodiff.fused.attention import attention, rope
-from peftarray.autodiff.fused.cross_entropy import frozen_cross_entropy, linear_cross_entropy
+from peftarray.autodiff.fused.cross_entropy import linear_cross_entropy
 from peftarray.autodiff.fused.norms import layer_norm, rms_norm
 
 __all__ = [
     "attention",
-    "frozen_cross_entropy",
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
