@@ -141,7 +141,9 @@ def main() -> None:
         pair = [
             found[f"{kind}, {library}"]["losses"] for library in ("NumPy", "torch") if f"{kind}, {library}" in found
         ]
-        if len(pair) == 2 and not np.allclose(*pair, rtol=2e-3):
+        # The last bits of sums differ, and training makes more of them with every step.
+        allowed = ((options.steps // 2, 1e-3), (None, 0.02))
+        if len(pair) == 2 and not all(np.allclose(*(curve[:n] for curve in pair), rtol=off) for n, off in allowed):
             raise SystemExit(f"{kind} has two curves: {pair}")
     show(found, f"{options.folder.name}, {options.steps} steps of {options.batch[0]} x {options.batch[1]}")
 
