@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a checkpoint of a language model, with its tokenizer")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, nargs=2, default=(4, 128), help="rows, and tokens of each")
-    parser.add_argument("--held", type=int, default=8, help="rows that the loss after the training is of")
+    parser.add_argument("--held", type=int, default=64, help="rows that the loss after the training is of")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--serve", help=argparse.SUPPRESS)
