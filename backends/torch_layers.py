@@ -219,7 +219,7 @@ class AdaptedLayer(Forwarding):
         if not names:
             return base(x, *arguments, **options)
         adapter, way = self._composed(names, scales), ways(self._ways, names)
-        drop = _drop if self.training and adapter.drops() else None
+        drop = functional.dropout if self.training and adapter.drops() else None
         if way == "apart":
             y = base(x, *arguments, **options)
             bias = base.bias if "bias" in adapter.touches() else None
@@ -308,10 +308,6 @@ def _prepare_kinds() -> None:
             namespace(object.__new__(kind_for(kind, *arrays)))
     some = torch.zeros((1, 2))
     quantised_weight(Int8Rows(), Int8Rows().quantize(some), (1, 2)).mT.after(some)
-
-
-def _drop(x: torch.Tensor, share: float) -> torch.Tensor:
-    return functional.dropout(x, share, training=True)
 
 
 def _widened(x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -25,13 +24,14 @@ from peftarray.backends.torch_saved import SavedModule
 from peftarray.backends.torch_slots import Slots
 from peftarray.backends.torch_switch import Acting, Switch
 from peftarray.backends.torch_tree import own_modules
+from peftarray.backends.torch_whole import WholeModel
 from torch import nn
 
 from peftarray.combining import Recipe, combine_sets
+from peftarray.combining.recipe import scaled_weights
 from peftarray.errors import ConfigError
 from peftarray.formats.peft_writer import SavedAdapters, save_adapters
 from peftarray.method import AdapterConfig
-from peftarray.model.summary import trainable_summary
 
 __all__ = ["PeftModule", "adapt_module", "load_module"]
 
@@ -52,7 +52,7 @@ def load_module(
     return PeftModule(module, load_draft(module, folder), adapter_name, trainable=is_trainable)
 
 
-class PeftModule(Budgeted):
+class PeftModule(WholeModel, Budgeted):
     """A module with adapters: it is used like the module, and trained like any other.
 
     An adapter that is active acts, and its parameters require a gradient if it is trainable; those of the others do
@@ -76,8 +76,7 @@ class PeftModule(Budgeted):
         for parameter in module.parameters():
             parameter.requires_grad_(False)
         self.set_adapter(adapter_name)
-        # What a training loop looks for in the arguments of `forward` is in those of the module's.
-        self.forward = _signed(type(self).forward, module, self)  # type: ignore[method-assign]
+        self._show_inputs(inspect.signature(module.forward))
 
     # Running.
 
@@ -135,15 +134,6 @@ class PeftModule(Budgeted):
         """An adapter as a value: its configuration, module's name -> its adapter, and what is trained whole."""
         held = self._known(adapter_name)
         return SavedAdapters(held.config, held.adapters(adapter_name), held.whole(adapter_name), held.extra)
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """How many numbers training changes, and how many there are."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
-        return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many numbers training changes, as PEFT words it."""
-        print(trainable_summary(*self.get_nb_trainable_parameters()))
 
     # Coming and going.
 
@@ -205,10 +195,7 @@ class PeftModule(Budgeted):
             majority_sign=majority_sign_method,
             seed=seed,
         )
-        if len(weights) != len(adapters):
-            message = f"{len(weights)} weights are given for {len(adapters)} adapters; give one for each"
-            raise ConfigError(message)
-        scaled = [weight * self._now.scales.get(name, 1.0) for name, weight in zip(adapters, weights, strict=True)]
+        scaled = scaled_weights(weights, [self._now.scales.get(name, 1.0) for name in adapters])
         found = [self.get_adapter(name) for name in adapters]
 
         def make(root: nn.Module) -> Draft:
@@ -371,13 +358,3 @@ def _check_name(name: str, taken: Iterable[str]) -> None:
     if name in taken:
         message = f"the model has an adapter {name!r} already; delete it first, or choose another name"
         raise ConfigError(message)
-
-
-def _signed(function: Any, module: nn.Module, owner: Any) -> MethodType:
-    def forward(self: Any, *arguments: Any, **options: Any) -> Any:
-        return function(self, *arguments, **options)
-
-    signature = inspect.signature(module.forward)
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
-    return MethodType(forward, owner)

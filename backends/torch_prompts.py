@@ -10,7 +10,6 @@ import copy
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -21,13 +20,13 @@ from peftarray.backends.torch_prompt_inputs import Inputs
 from peftarray.backends.torch_prompt_reading import Reading
 from peftarray.backends.torch_saved import SavedModule
 from peftarray.backends.torch_switch import Acting, Switch
+from peftarray.backends.torch_whole import WholeModel
 from torch import nn
 from torch.nn import functional
 
 from peftarray.errors import ConfigError, MatchError, UnsupportedError, nearest
 from peftarray.formats.prompts import load_prompt, save_prompt, source_prompt
 from peftarray.model.sites import saved_modules, with_heads
-from peftarray.model.summary import trainable_summary
 from peftarray.prompts import (
     AdaptionPromptConfig,
     CPTConfig,
@@ -88,7 +87,7 @@ def load_module(
     return model
 
 
-class PromptModule(nn.Module):
+class PromptModule(WholeModel):
     """A model of transformers with a soft prompt: it is used like the model, and trained like any other module.
 
     What it says of each token (`logits`, `last_hidden_state`) it says of those of the text. Each call takes `task_ids`
@@ -135,8 +134,7 @@ class PromptModule(nn.Module):
             whole = SavedModule(module.get_submodule(name), self._switch)
             whole.modules_to_save[adapter_name] = copy.deepcopy(whole.original_module).requires_grad_(trainable)
             module.set_submodule(name, whole)
-        # What a training loop looks for in the arguments of `forward` is in those of the model's.
-        self.forward = _signed(type(self).forward, self._takes, config, self)  # type: ignore[method-assign]
+        self._show_inputs(_with_own_inputs(self._takes, config))
 
     # Use.
 
@@ -201,15 +199,6 @@ class PromptModule(nn.Module):
         return self.base_model.model if isinstance(self.base_model, _Held) else self.base_model
 
     # Training.
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """How many numbers training changes, and how many there are."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
-        return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many numbers training changes, as PEFT words it."""
-        print(trainable_summary(*self.get_nb_trainable_parameters()))
 
     def freeze(self) -> PromptModule:
         """Let training change nothing."""
@@ -285,7 +274,8 @@ class PromptModule(nn.Module):
     def _reading(self, task_ids: torch.Tensor | None) -> Reading:
         config = self._config
         assert isinstance(config, (PrefixTuningConfig, TokenPrompt))
-        return Reading(self.get_base_model(), config, self._arrays(), task_ids, _drop if self.training else None)
+        drop = functional.dropout if self.training else None
+        return Reading(self.get_base_model(), config, self._arrays(), task_ids, drop)
 
     def _arrays(self) -> dict[str, torch.Tensor]:
         config = self._config
@@ -318,15 +308,8 @@ class _Held(nn.Module):
         return self.model(*arguments, **options)
 
 
-def _drop(x: torch.Tensor, share: float) -> torch.Tensor:
-    return functional.dropout(x, share, training=True)
-
-
-def _signed(function: Any, signature: inspect.Signature, config: Prompt, owner: Any) -> MethodType:
-    def forward(self: Any, *arguments: Any, **options: Any) -> Any:
-        return function(self, *arguments, **options)
-
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+def _with_own_inputs(signature: inspect.Signature, config: Prompt) -> inspect.Signature:
+    """A model's arguments, and those that a prompt takes beside them."""
     rows = list(signature.parameters.values())
     place = next((i for i, row in enumerate(rows) if row.kind is row.VAR_KEYWORD), len(rows))
     kinds = {"task_ids": MultitaskPromptTuningConfig, "input_type_mask": CPTConfig}
@@ -335,6 +318,4 @@ def _signed(function: Any, signature: inspect.Signature, config: Prompt, owner: 
         for name, kind in kinds.items()
         if isinstance(config, kind)
     ]
-    parameters = [own, *rows[:place], *added, *rows[place:]]
-    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return MethodType(forward, owner)
+    return signature.replace(parameters=[*rows[:place], *added, *rows[place:]])

@@ -11,7 +11,7 @@ from typing import Literal
 from peftarray.errors import ConfigError
 from peftarray.settings import check_settings, number, one_of, optional, setting, whole
 
-__all__ = ["COMBINATIONS", "Combination", "Recipe", "checked_weights"]
+__all__ = ["COMBINATIONS", "Combination", "Recipe", "checked_weights", "scaled_weights"]
 
 _TINY = 1e-6
 """How far the weights of a SLERP may sum from 1, so that 0.1 and 0.9 do."""
@@ -141,9 +141,7 @@ def checked_weights(weights: Sequence[float] | None, count: int, recipe: Recipe)
         found = [0.5, 0.5] if recipe.way.space == "arc" and count == 2 else [1.0] * count
     else:
         found = [float(weight) for weight in weights]
-    if len(found) != count:
-        message = f"{len(found)} weights are given for {count} adapters; give one for each"
-        raise ConfigError(message)
+    _check_count(found, count)
     for weight in found:
         if not math.isfinite(weight):
             message = f"a weight is {weight}; weights must be finite numbers"
@@ -158,3 +156,23 @@ def checked_weights(weights: Sequence[float] | None, count: int, recipe: Recipe)
         )
         raise ConfigError(message)
     return found
+
+
+def scaled_weights(weights: Sequence[float], scales: Sequence[float]) -> list[float]:
+    """Weights of adapters that act at these scales, each times its scale.
+
+    Raises:
+        ConfigError: there are not as many.
+
+    Example:
+        >>> scaled_weights([0.5, 1.0], [2.0, 1.0])
+        [1.0, 1.0]
+    """
+    _check_count(weights, len(scales))
+    return [weight * scale for weight, scale in zip(weights, scales, strict=True)]
+
+
+def _check_count(weights: Sequence[float], count: int) -> None:
+    if len(weights) != count:
+        message = f"{len(weights)} weights are given for {count} adapters; give one for each"
+        raise ConfigError(message)

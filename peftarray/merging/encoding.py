@@ -14,14 +14,12 @@ from peftarray.merging.origin import taking
 from peftarray.merging.placement import Placement
 from peftarray.merging.report import Sums
 from peftarray.merging.shard_file import ShardFile
-from peftarray.merging.tile import Scratch, SegmentMerger, can_tile
+from peftarray.merging.tile import TILE, Scratch, SegmentMerger, can_tile, rows_in
 
 if TYPE_CHECKING:
     from peftarray.quant import Codec
 
 __all__ = ["codes_changed", "write_encoded"]
-
-_TILE = 1 << 19
 
 
 def write_encoded(encoded: Encoded, target: ShardFile, scratch: Scratch, place: Placement) -> Sums:
@@ -69,7 +67,7 @@ def _step(encoded: Encoded, merger: SegmentMerger | None, segment: Segment) -> i
     if not can_tile(segment):
         return max(1, segment.end - segment.begin)
     step = merger.row_step() if merger is not None else encoded.origin.row_step(encoded.columns)
-    return max(1, _TILE // max(1, encoded.columns) // step) * step
+    return rows_in(TILE, encoded.columns, step)
 
 
 def _measured(encoded: Encoded, merged: np.ndarray, written: dict[str, np.ndarray]) -> Sums:
@@ -78,7 +76,7 @@ def _measured(encoded: Encoded, merged: np.ndarray, written: dict[str, np.ndarra
     weight = encoded.stored(written)
     parts = weight.parts(written.__getitem__)
     decode = taking(weight, parts, columns)
-    step = max(1, _TILE // max(1, columns), encoded.origin.row_step(columns))
+    step = rows_in(TILE, columns, encoded.origin.row_step(columns))
     for begin in range(0, len(merged), step):
         end = min(begin + step, len(merged))
         with encoded.origin.rows(begin, end, columns) as take:

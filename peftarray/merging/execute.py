@@ -20,7 +20,7 @@ from peftarray.merging.placement import HOST, Placement
 from peftarray.merging.plan import Output, Plan, Shard
 from peftarray.merging.report import Sums, TensorReport, sums_from_dict, sums_to_dict
 from peftarray.merging.shard_file import ShardFile
-from peftarray.merging.tile import Scratch, SegmentMerger, can_tile
+from peftarray.merging.tile import TILE, Scratch, SegmentMerger, can_tile, rows_in
 
 __all__ = ["Progress", "execute", "planned_memory"]
 
@@ -28,9 +28,6 @@ Progress = Callable[[int, str], None]
 """Called with bytes done since the last call, and the name of what they belong to."""
 _Task = Callable[[Scratch], None]
 
-_TILE = 1 << 19
-"""Entries a tile: 2 MB of float32. Smaller ones fit a core's own cache, but then threads wait for each other: NumPy
-takes the interpreter's lock again after every operation, and one on a large tile is long enough to hide that."""
 _TASK = 1 << 23
 """Bytes of output a task."""
 _COPY = 1 << 26
@@ -257,10 +254,10 @@ def _merges(output: Output, target: ShardFile, progress: Progress, place: Placem
         whole = not can_tile(segment)
         merger = SegmentMerger(output, segment, place) if segment.contributions else None
         grain = merger.row_step() if merger is not None and not whole else 1
-        step = max(1, segment.end - segment.begin) if whole else _rows_in(_TILE, output.columns, grain)
+        step = max(1, segment.end - segment.begin) if whole else rows_in(TILE, output.columns, grain)
         # What is decoded as one block is not decoded by two tasks.
         block = math.lcm(grain, output.origin.row_step(output.columns))
-        rows = _rows_in(_TASK, output.columns * output.dtype.bits // 8, block)
+        rows = rows_in(_TASK, output.columns * output.dtype.bits // 8, block)
         for begin in range(segment.begin, segment.end, segment.end - segment.begin if whole else rows):
             end = segment.end if whole else min(begin + rows, segment.end)
 
@@ -281,11 +278,6 @@ def _merges(output: Output, target: ShardFile, progress: Progress, place: Placem
 def _rows(output: Output) -> int:
     count = output.info.nbytes * 8 // output.dtype.bits
     return count // output.columns if output.columns else 0
-
-
-def _rows_in(size: int, width: int, step: int) -> int:
-    """Rows of this width that are of this size together, in whole steps of rows and at least one."""
-    return max(1, size // max(1, width) // step) * step
 
 
 def _merge_rows(
@@ -331,14 +323,14 @@ def _convert(output: Output, stored: np.ndarray, rounded: np.ndarray, scratch: S
 
 def planned_memory(plan: Plan, threads: int) -> int:
     """Bytes that the work holds at once, at most: tiles of every thread, or the largest weight that cannot be cut."""
-    tiles = threads * _TILE * (4 * 4 + 2 * 2)
+    tiles = threads * TILE * (4 * 4 + 2 * 2)
     largest = 0
     for encoded in plan.encoded:
         # The weight, its codes twice while they are joined, and what a tile needs.
         largest = max(largest, 4 * encoded.entries + 2 * encoded.nbytes + tiles // threads)
     for output in plan.outputs:
         decoded = min(output.origin.row_step(output.columns) * output.columns, math.prod(output.origin.shape))
-        largest = max(largest, decoded * 8 if decoded > _TILE else 0)
+        largest = max(largest, decoded * 8 if decoded > TILE else 0)
     for item in (item for shard in plan.shards for item in shard.items):
         for segment in item.segments:
             entries = (segment.end - segment.begin) * item.columns

@@ -19,7 +19,11 @@ from peftarray.merging.origin import Origin
 from peftarray.merging.placement import Placement
 from peftarray.merging.report import Sums
 
-__all__ = ["Changed", "Scratch", "SegmentMerger", "can_tile"]
+__all__ = ["TILE", "Changed", "Scratch", "SegmentMerger", "can_tile", "rows_in"]
+
+TILE = 1 << 19
+"""Entries a tile: 2 MB of float32. Smaller ones fit a core's own cache, but then threads wait for each other: NumPy
+takes the interpreter's lock again after every operation, and one on a large tile is long enough to hide that."""
 
 
 # Dtypes with float32's range at least: what is finite before rounding is so afterwards, or its square is not.
@@ -52,6 +56,11 @@ def can_tile(segment: Segment) -> bool:
     """Whether every method of a segment allows cuts along the rows of the stored matrix."""
     parts = [part for contribution in segment.contributions for part in contribution.parts]
     return all(part.site.row_axis in part.site.method.tiles.split() for part in parts)
+
+
+def rows_in(size: int, width: int, step: int) -> int:
+    """Rows of this width that are of this size together, in whole steps of rows and at least one."""
+    return max(1, size // max(1, width) // step) * step
 
 
 class Changed(Protocol):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from peftarray import trees
-from peftarray.combining import Recipe
+from peftarray.combining.recipe import Recipe, scaled_weights
 from peftarray.errors import ConfigError
 from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
@@ -207,10 +207,7 @@ class AdapterVerbs(ABC):
             seed=seed,
         )
         ready = self.registry.ready(adapters, self._shelf)
-        if len(weights) != len(adapters):
-            message = f"{len(weights)} weights are given for {len(adapters)} adapters; give one for each"
-            raise ConfigError(message)
-        scaled = [weight * ready.entry(name).scale for name, weight in zip(adapters, weights, strict=True)]
+        scaled = scaled_weights(weights, [ready.entry(name).scale for name in adapters])
         made = combined({name: ready.found(name) for name in adapters}, scaled, recipe, weights_of(self.base))
         self.registry = ready.with_new(adapter_name, Entry(made)).fitted([adapter_name], self._shelf)
 
