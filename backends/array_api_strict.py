@@ -15,6 +15,7 @@ from peftarray import arrays
 
 __all__ = [
     "COMPILES",
+    "SIDE_BY_SIDE",
     "checkpoint",
     "from_host",
     "jit",
@@ -24,6 +25,8 @@ __all__ = [
     "to_host",
     "value_and_grad",
 ]
+
+SIDE_BY_SIDE = True
 
 
 def from_host(array: np.ndarray, *, device: str | array_api_strict.Device | None = None) -> Any:

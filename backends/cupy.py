@@ -13,6 +13,7 @@ from peftarray.errors import ConfigError
 
 __all__ = [
     "COMPILES",
+    "SIDE_BY_SIDE",
     "checkpoint",
     "from_host",
     "jit",
@@ -22,6 +23,8 @@ __all__ = [
     "to_host",
     "value_and_grad",
 ]
+
+SIDE_BY_SIDE = False
 
 
 def from_host(array: np.ndarray, *, device: int | str | None = None) -> Any:

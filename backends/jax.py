@@ -15,6 +15,7 @@ from peftarray.gradients import Chosen, check_loss, refuse_unused
 
 __all__ = [
     "COMPILES",
+    "SIDE_BY_SIDE",
     "checkpoint",
     "from_host",
     "jit",
@@ -27,6 +28,7 @@ __all__ = [
 
 COMPILES = True
 """JAX is made for it."""
+SIDE_BY_SIDE = False
 
 
 def from_host(array: np.ndarray, *, device: Any = None) -> jax.Array:

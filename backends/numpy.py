@@ -11,6 +11,7 @@ from peftarray.errors import ConfigError
 
 __all__ = [
     "COMPILES",
+    "SIDE_BY_SIDE",
     "checkpoint",
     "from_host",
     "jit",
@@ -20,6 +21,8 @@ __all__ = [
     "to_host",
     "value_and_grad",
 ]
+
+SIDE_BY_SIDE = True
 
 
 def from_host(array: np.ndarray, *, device: str | None = None) -> np.ndarray:

@@ -18,6 +18,7 @@ from peftarray.prompts import Prompt
 
 __all__ = [
     "COMPILES",
+    "SIDE_BY_SIDE",
     "adapt_module",
     "as_trainable",
     "checkpoint",
@@ -34,6 +35,7 @@ __all__ = [
 
 COMPILES = False
 """Inductor takes its time at the first step, and not every model has a graph without breaks."""
+SIDE_BY_SIDE = False
 
 
 def from_host(array: np.ndarray, *, device: str | torch.device | None = None) -> torch.Tensor:

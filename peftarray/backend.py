@@ -32,6 +32,9 @@ class Backend(Protocol):
     COMPILES: bool
     """Whether a training loop compiles unless it is told not to."""
 
+    SIDE_BY_SIDE: bool
+    """Whether threads of a training gain by working on several batches at once: most operations use one core."""
+
     def from_host(self, array: np.ndarray, *, device: Any = None) -> Array:
         """An array of the library with the values of `array`, on one of its devices; the default one if None."""
 

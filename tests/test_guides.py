@@ -15,7 +15,7 @@ BLOCKS = {
     "models": 4,
     "prompts": 3,
     "quantisation": 6,
-    "training": 4,
+    "training": 5,
     "whole-models": 9,
 }
 """Page -> how many blocks it has."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from peftarray.allocation import keep_freed_memory
-from peftarray.backend import backend_of, backend_of_type, load_backend
+from peftarray.backend import Backend, backend_of, backend_of_type, load_backend
 from peftarray.errors import ConfigError, OutputError
 from peftarray.gradients import Chosen
 from peftarray.settings import Rule, boolean, number, optional, whole
@@ -23,6 +23,7 @@ from peftarray.training.precision import Precision, precision_of
 from peftarray.training.progress import training_progress
 from peftarray.training.schedules import Schedule, constant
 from peftarray.training.step import Recipe, Stepper
+from peftarray.training.workers import Workers
 
 __all__ = ["Trainable", "fit"]
 
@@ -71,6 +72,7 @@ def fit(
     clip_norm: float | None = None,
     clip_value: float | None = None,
     accumulate: int = 1,
+    workers: int = 1,
     seed: int | None = None,
     callbacks: Sequence[Callback] = (),
     eval_batches: Iterable[Any] | None = None,
@@ -101,6 +103,9 @@ def fit(
         clip_norm: the largest norm of all gradients together.
         clip_value: the largest absolute value in them; applied first.
         accumulate: batches whose mean gradient makes a step.
+        workers: threads that work on the batches of a step, and on those of an evaluation, side by side, each with one
+            thread of the BLAS library: of use on NumPy alone, with `accumulate` at least as large. Each holds what its
+            batch needs. A loss then draws random numbers by its key only.
         seed: if given, `loss(params, batch, key)` is called with a key for each batch, from which `dropout` draws.
         callbacks: called after each step, when a model has its parameters; a text that one returns ends the training.
         eval_batches: batches of which the mean loss is recorded, without changing anything.
@@ -130,7 +135,7 @@ def fit(
         [1.0, 2.0]
     """
     _check("steps epochs eval_every", optional(whole(1)), steps, epochs, eval_every)
-    _check("accumulate checkpoint_every", whole(1), accumulate, checkpoint_every)
+    _check("accumulate workers checkpoint_every", whole(1), accumulate, workers, checkpoint_every)
     _check("clip_norm clip_value", optional(_above_zero), clip_norm, clip_value)
     _check("seed", optional(_integer), seed)
     _check("resume progress", boolean, resume, progress)
@@ -155,6 +160,7 @@ def fit(
     recipe.schedule(0)  # which says if it lacks the number of steps
     recipe.precision.check(chosen.arrays[0])
     backend = load_backend(backend_of(*chosen.arrays))
+    _check_workers(workers, accumulate, chosen, backend)
     short = recipe.precision.dtype
     ready = model.in_precision(short) if isinstance(model, InPrecision) and short != "float32" else model
     of_tree = loss if is_tree else lambda params, *others: loss(ready.with_params(params), *others)
@@ -163,7 +169,8 @@ def fit(
         if not is_tree:
             model.params = params
 
-    stepper = Stepper(of_tree, chosen, recipe, backend, backend.COMPILES if compile is None else compile)
+    compiled = backend.COMPILES if compile is None else compile
+    stepper = Stepper(of_tree, chosen, recipe, backend, compiled, Workers(workers))
     checkpoints = None if checkpoint_dir is None else Checkpoints(checkpoint_dir, _setup(recipe, chosen))
     loop = Loop(
         stepper=stepper,
@@ -238,6 +245,19 @@ def _check(names: str, rule: Rule, *values: object) -> None:
             words = repr(value)
             message = f"{name} of fit is {words[:77] + '...' if len(words) > 80 else words}; it must be {rule.words}"
             raise ConfigError(message)
+
+
+def _check_workers(workers: int, accumulate: int, chosen: Chosen, backend: Backend) -> None:
+    if workers > 1 and not backend.SIDE_BY_SIDE:
+        name = backend_of(*chosen.arrays)
+        message = f"workers of fit is {workers}, and {name} computes in parallel by itself; leave workers at 1"
+        raise ConfigError(message)
+    if workers > accumulate:
+        message = (
+            f"workers of fit is {workers}, and a step has {accumulate} to work on; give smaller batches, and "
+            f"accumulate={workers}"
+        )
+        raise ConfigError(message)
 
 
 def _total(batches: Source, steps: int | None, epochs: int | None, accumulate: int) -> int | None:

@@ -19,6 +19,7 @@ from peftarray.training.clipping import clip_by_norm, clip_by_value, global_norm
 from peftarray.training.optimizer import Optimizer, State
 from peftarray.training.precision import LossScale, Precision
 from peftarray.training.schedules import Schedule
+from peftarray.training.workers import Workers
 
 __all__ = ["Now", "Outcome", "Recipe", "Stepper"]
 
@@ -107,12 +108,19 @@ class Stepper:
         recipe: how.
         backend: of the arrays.
         compiled: whether to compile.
+        workers: who makes the gradients of a step's batches.
     """
 
     def __init__(
-        self, loss: Callable[..., Any], chosen: Chosen, recipe: Recipe, backend: Backend, compiled: bool
+        self,
+        loss: Callable[..., Any],
+        chosen: Chosen,
+        recipe: Recipe,
+        backend: Backend,
+        compiled: bool,
+        workers: Workers,
     ) -> None:
-        self._loss, self._chosen, self._recipe = loss, chosen, recipe
+        self._loss, self._chosen, self._recipe, self._workers = loss, chosen, recipe, workers
         trained = {chosen.names[place] for place in chosen.places}
         self._rest = {
             name: value
@@ -151,7 +159,7 @@ class Stepper:
     def evaluate(self, now: Now, batches: Iterable[Any]) -> float:
         """The mean loss over batches, without keys."""
         with np.errstate(all="ignore"):
-            losses = [float(to_host(self._evaluate(now.trained, self._rest, batch, 1.0, None))) for batch in batches]
+            losses = list(self._workers.map(lambda batch: self._loss_of(now, batch), batches))
         if not losses:
             message = "eval_batches has none; give a list or another object that can be gone through again"
             raise ConfigError(message)
@@ -159,15 +167,22 @@ class Stepper:
 
     def _summed(self, now: Now, batches: Sequence[Any], scale: float) -> tuple[Array, Arrays]:
         """The loss and the gradients, summed over batches."""
+        seed, first = self._recipe.seed, now.step * self._recipe.accumulate
+
+        def gradients_of(placed: tuple[int, Any]) -> tuple[Array, Arrays]:
+            place, batch = placed
+            key = None if seed is None else step_key(seed, first + place)
+            return self._gradients(now.trained, self._rest, batch, scale, key)
+
         total: Any = None
         sums: Arrays = {}
-        for place, batch in enumerate(batches):
-            seed = self._recipe.seed
-            key = None if seed is None else step_key(seed, now.step * self._recipe.accumulate + place)
-            value, gradients = self._gradients(now.trained, self._rest, batch, scale, key)
+        for value, gradients in self._workers.map(gradients_of, enumerate(batches)):
             total = value if total is None else total + value
             sums = {name: sums[name] + g for name, g in gradients.items()} if sums else gradients
         return total, sums
+
+    def _loss_of(self, now: Now, batch: Any) -> float:
+        return float(to_host(self._evaluate(now.trained, self._rest, batch, 1.0, None)))
 
     def _value(self, trained: Arrays, rest: Arrays, batch: Any, scale: Any, key: Any) -> Any:
         """The loss as it is differentiated: computed in the short dtype, then float32 and scaled."""

@@ -8,6 +8,9 @@ is the forward pass, the gradients and AdamW's step, in float32. The loss of a B
 is the mean square between its sentence vectors and drawn ones. Without a folder, a small network for handwritten digits
 is trained by batches of 50: there, what a step costs beside its products decides.
 
+NumPy makes its steps as `pa.fit` does. With workers, each thread has a part of the step's rows: `fit(accumulate=2,
+workers=2)` and batches of half the size.
+
 All contenders start from the same adapter, which PEFT wrote, see the same batches, and must agree in the loss of every
 step. A turn is a few steps; the figure is the median over all turns, and memory is the most that the process held in
 its life, what it imports included.
@@ -31,7 +34,7 @@ import numpy as np
 from turns import Contender, serve, turns
 
 RATE = 1e-3
-CONTENDERS = ("PEFT", "torch", "NumPy", "NumPy, checkpointed")
+CONTENDERS = ("PEFT", "torch", "NumPy", "NumPy, workers", "NumPy, checkpointed")
 DIGITS = {"embed": (48, 64), "hidden": (32, 48), "head": (10, 32)}
 
 Step = Callable[[dict[str, np.ndarray]], float]
@@ -146,28 +149,41 @@ def our_torch_step(kind: str, folder: Path | None, adapter: Path) -> Step:
 # On NumPy.
 
 
-def numpy_step(kind: str, folder: Path | None, adapter: Path, checkpointed: bool) -> Step:
+def numpy_step(kind: str, folder: Path | None, adapter: Path, workers: int, checkpointed: bool) -> Step:
     from dataclasses import replace
 
     import peftarray as pa
     from peftarray.allocation import keep_freed_memory
-    from peftarray.autodiff import checkpoint, value_and_grad
+    from peftarray.autodiff import checkpoint
+    from peftarray.backend import load_backend
+    from peftarray.gradients import Chosen
+    from peftarray.training.precision import precision_of
+    from peftarray.training.step import Recipe, Stepper
+    from peftarray.training.workers import Workers
 
-    keep_freed_memory(held=(1 << 31) - 1)  # as `pa.fit` does
+    keep_freed_memory(held=(1 << 31) - 1)
     base = digits_weights() if folder is None else pa.models.load(folder)
     if checkpointed:
         base = replace(base, around=checkpoint)
     model = pa.PeftModel.from_pretrained(base, adapter, is_trainable=True)
     loss = numpy_loss(kind, base)
-    gradients = value_and_grad(lambda params, batch: loss(model.with_params(params).weights, batch))
-    optimizer = pa.AdamW(RATE, weight_decay=0.0)
-    params, state = model.params, optimizer.init(model.params)
+    recipe = Recipe(pa.AdamW(RATE, weight_decay=0.0), pa.constant(), precision_of("fp32"), accumulate=workers)
+    stepper = Stepper(
+        lambda params, batch: loss(model.with_params(params).weights, batch),
+        Chosen(model.params, ()),
+        recipe,
+        load_backend("numpy"),
+        compiled=False,
+        workers=Workers(workers),
+    )
+    now = stepper.start()
 
     def step(batch: dict[str, np.ndarray]) -> float:
-        nonlocal params, state
-        value, found = gradients(params, batch)
-        params, state = optimizer.step(params, found, state)
-        return float(value)
+        nonlocal now
+        parts = ({name: array[part::workers] for name, array in batch.items()} for part in range(workers))
+        outcome = stepper(now, list(parts))
+        now = outcome.now
+        return outcome.loss
 
     return step
 
@@ -202,7 +218,8 @@ def contend(name: str, folder: Path | None, adapter: Path) -> None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         step = (peft_step if name == "PEFT" else our_torch_step)(kind, folder, adapter)
     else:
-        step = numpy_step(kind, folder, adapter, checkpointed=name.endswith("checkpointed"))
+        workers = int(os.environ["OMP_NUM_THREADS"]) if name.endswith("workers") else 1
+        step = numpy_step(kind, folder, adapter, workers, checkpointed=name.endswith("checkpointed"))
     stream = batches(kind, config)
 
     def answer(steps: int) -> Any:
@@ -241,7 +258,7 @@ def write_adapter(folder: Path | None, out: Path) -> None:
 
 def measure(options: argparse.Namespace, adapter: Path) -> dict[str, tuple[float, float]]:
     """contender -> (seconds a step, peak memory in MB)."""
-    names = [name for name in options.contenders if options.folder or not name.endswith("checkpointed")]
+    names = [name for name in options.contenders if options.folder or not name.startswith("NumPy, ")]
     variables = {
         "BENCHMARK_FOLDER": str(options.folder or ""),
         "BENCHMARK_ADAPTER": str(adapter),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from peftarray import trees
 from peftarray.backend import backend_of, load_backend
+from peftarray.draws import dropout
 from peftarray.errors import ConfigError, NumberError, OutputError, PeftError, UnsupportedError
 from peftarray.training import (
     SGD,
@@ -122,6 +124,46 @@ def test_accumulated_batches_are_one_large_batch():
     assert fitted(batches=[whole], steps=5).params["w"] == pytest.approx(
         fitted(batches=parts, steps=5, accumulate=4).params["w"], rel=1e-12
     )
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_change_no_number(workers):
+    def loss(params, batch, key):
+        return squares({"w": dropout(params["w"], 0.4, key, stream="w")}, batch)
+
+    options = {"batches": Batches(line(), 3), "steps": 5, "accumulate": 4, "seed": 3}
+    options |= {"loss": loss, "eval_batches": Batches(line(11), 3), "eval_every": 2}
+    alone, beside = fitted(workers=1, **options), fitted(workers=workers, **options)
+    assert beside.losses == alone.losses
+    assert beside.evaluations == alone.evaluations
+    assert beside.params["w"].tobytes() == alone.params["w"].tobytes()
+
+
+def test_workers_are_at_work_at_once():
+    both = threading.Barrier(2, timeout=20)
+
+    def loss(params, batch):
+        both.wait()  # passes only where another thread comes
+        return squares(params, batch)
+
+    assert fitted(loss=loss, batches=Batches(line(), 6), accumulate=2, workers=2, steps=3).steps == 3
+
+
+def test_an_error_in_a_worker_is_that_of_the_training():
+    def loss(params, batch):
+        assert batch["x"].shape[0] == 3, "a shorter batch"
+        return squares(params, batch)
+
+    before = threading.active_count()
+    with pytest.raises(AssertionError, match="a shorter batch"):
+        fitted(loss=loss, batches=Batches(line(10), 3), accumulate=4, workers=2)
+    assert threading.active_count() == before
+
+
+def test_workers_are_for_libraries_that_use_one_core():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(ConfigError, match="torch computes in parallel by itself; leave workers at 1"):
+        fit({"w": torch.zeros(3)}, squares, [line()], accumulate=2, workers=2)
 
 
 def test_what_is_left_at_the_end_of_an_epoch_is_a_smaller_step():
@@ -297,6 +339,8 @@ def test_a_history_can_be_drawn(tmp_path):
         ({"steps": 0}, "steps of fit is 0; it must be None or a whole number of at least 1"),
         ({"epochs": 1.5}, "epochs of fit is 1.5"),
         ({"accumulate": 0}, "accumulate of fit is 0"),
+        ({"workers": 0}, "workers of fit is 0; it must be a whole number of at least 1"),
+        ({"workers": 2}, "workers of fit is 2, and a step has 1 to work on; give smaller batches, and accumulate=2"),
         ({"clip_norm": 0.0}, "clip_norm of fit is 0.0; it must be None or a finite number above 0"),
         ({"clip_value": -1.0}, "clip_value of fit is -1.0"),
         ({"seed": "one"}, "seed of fit is 'one'"),
