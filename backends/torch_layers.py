@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peftarray.backends.torch_forwarding import Forwarding
+from peftarray.backends.torch_kept import KeptFactors
 from peftarray.backends.torch_kinds import Way, is_packed, way_of, ways
 from peftarray.backends.torch_rows import Rows
 from peftarray.backends.torch_switch import Acting, Switch
@@ -68,7 +69,7 @@ class AdaptedLayer(Forwarding):
         self._places: dict[str, tuple[tuple[str, Arrays, str], ...]] = {}
         self._ways: dict[str, Way] = {}
         self._stackable: dict[str, bool] = {}
-        self._kept: tuple[Any, Factors, list[torch.Tensor]] | None = None
+        self._kept: KeptFactors | None = None
         self._slot_layer: Layer | None = None
 
     # What it holds.
@@ -236,8 +237,10 @@ class AdaptedLayer(Forwarding):
         layer = self.methods[rows.adapters[0]][1]
         rows = rows.of_batch(x.shape[0], layer.name)
         if all(self._stackable[name] and not self._drops(name) for name in rows.adapters):
-            y = self.base_layer(x, *arguments, **options)
-            return _plus(y, rows.update(_widened(x), self._stacks(rows, now.scales), layer))
+            y, stacks = self.base_layer(x, *arguments, **options), self._stacks(rows, now.scales)
+            if layer.kind == "linear" and _is_free(y, stacks[0]):
+                return rows.add_update(y, _widened(x), stacks)
+            return _plus(y, rows.update(_widened(x), stacks, layer))
 
         def run(name: str | None, places: torch.Tensor) -> torch.Tensor:
             return self._acted(
@@ -249,22 +252,19 @@ class AdaptedLayer(Forwarding):
     def _stacks(self, rows: Rows, scales: Mapping[str, float]) -> Factors:
         """Factors of the adapters of a batch, in slots; kept while nothing changes them, but not for gradients."""
         names = rows.adapters
-        arrays = [
-            array
-            for name in names
-            for _, holder, last in self._places[name]
-            for array in (holder._parameters.get(last), holder._buffers.get(last))
-            if array is not None
-        ]
-        wants = torch.is_grad_enabled() and any(array.requires_grad for array in arrays)
-        if wants or torch.compiler.is_compiling() or any(array.is_inference() for array in arrays):
+        if torch.compiler.is_compiling():
             return self._stacked(names, scales)
-        key = (names, tuple(scales.get(name, 1.0) for name in names), [(a.data_ptr(), a._version) for a in arrays])
-        if self._kept is None or self._kept[0] != key:
-            with torch.no_grad():
-                # Their memory is held as well, so that no other array has their addresses.
-                self._kept = (key, self._stacked(names, scales), [array.detach() for array in arrays])
-        return self._kept[1]
+        own = tuple(scales.get(name, 1.0) for name in names)
+        if self._kept is not None and self._kept.holds(names, own):
+            return self._kept.stacks
+        held = [(holder, last) for name in names for _, holder, last in self._places[name]]
+        arrays = [getattr(holder, last) for holder, last in held]
+        wants = torch.is_grad_enabled() and any(array.requires_grad for array in arrays)
+        if wants or any(array.is_inference() for array in arrays):
+            return self._stacked(names, scales)
+        with torch.no_grad():
+            self._kept = KeptFactors.of(held, names, own, self._stacked(names, scales))
+        return self._kept.stacks
 
     def _stacked(self, names: tuple[str, ...], scales: Mapping[str, float]) -> Factors:
         adapters = [self.adapter(name) for name in names]
@@ -293,6 +293,13 @@ def _child(parent: nn.Module, name: str) -> Arrays:
         found = Arrays()
         parent.add_module(name, found)
     return found
+
+
+def _is_free(y: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether what a layer has made may be added to in place."""
+    if torch.compiler.is_compiling() or y.requires_grad or other.requires_grad:
+        return False
+    return y.dtype is other.dtype and y.is_contiguous() and y.numel() > 0
 
 
 def _plus(y: torch.Tensor, update: torch.Tensor) -> torch.Tensor:

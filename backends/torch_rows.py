@@ -11,6 +11,7 @@ import torch
 from peftarray.errors import MatchError, ShapeError, nearest
 from peftarray.layers import Layer
 from peftarray.slots import Factors, slot_update
+from peftarray.stacked_weight import Run, runs_of
 
 __all__ = ["BASE", "Rows"]
 
@@ -101,6 +102,25 @@ class Rows:
         """The slot of each row, 0 for none."""
         return self._index("slots", [0 if name is None else slots[name] for name in self.names], device)
 
+    def add_update(self, y: torch.Tensor, x: torch.Tensor, stacks: Factors) -> torch.Tensor:
+        """`y` itself, a linear layer's output, to which `update` is added in place; nothing is copied or moved.
+
+        Args:
+            y: `(n, ..., out)`, contiguous, which no gradient is asked for.
+            x: `(n, ..., in)`.
+            stacks: as for `update`.
+        """
+        down, up = stacks
+        rows, out = x.reshape(x.shape[0], -1, x.shape[-1]), y.view(x.shape[0], -1, y.shape[-1])
+        for start, stop, slot, step in self._runs:
+            if step == 0:
+                hidden = rows[start:stop].reshape(-1, x.shape[-1]) @ down[slot].mT
+                out[start:stop].view(-1, y.shape[-1]).addmm_(hidden, up[slot].mT)
+            else:
+                these = slice(slot, slot + (stop - start - 1) * step + 1, step)
+                out[start:stop].baddbmm_(torch.bmm(rows[start:stop], down[these].mT), up[these].mT)
+        return y
+
     def update(self, x: torch.Tensor, stacks: Factors, layer: Layer) -> torch.Tensor:
         """What low-rank adapters add to a layer's output, all in one pass.
 
@@ -127,6 +147,11 @@ class Rows:
         else:
             return slot_update(x, *stacks, self._slot_of_adapters(x.device), layer)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    @cached_property
+    def _runs(self) -> tuple[Run, ...]:
+        slots = {name: place for place, name in enumerate(self.adapters, start=1)}
+        return runs_of([None if name is None else slots[name] for name in self.names])
 
     @cached_property
     def _groups(self) -> dict[str | None, list[int]]:

@@ -23,14 +23,17 @@ __all__ = [
     "constant",
     "device",
     "integers",
+    "is_constant",
     "is_short",
     "multiplies_short",
     "namespace",
     "register_branch",
     "row_norms",
+    "sealed",
     "stop_gradient",
     "thin_product",
     "to_host",
+    "unsealed",
     "weight_product",
     "wide",
 ]
@@ -118,6 +121,35 @@ def wide(like: Array) -> Array:
 def is_short(array: Array) -> bool:
     """Whether it holds floating numbers of fewer bits than float32."""
     return getattr(array.dtype, "itemsize", 4) < 4 and "float" in str(array.dtype)
+
+
+def sealed(array: Array) -> Array:
+    """An array of NumPy's that nobody else holds, which nobody can write into any more; any other as it is."""
+    owner = array
+    while isinstance(owner, np.ndarray):
+        owner.flags.writeable = False
+        owner = owner.base
+    return array
+
+
+def unsealed(array: Array) -> Array:
+    """A copy of an array of NumPy's that cannot be written into; any other as it is."""
+    return array.copy() if isinstance(array, np.ndarray) and not array.flags.writeable else array
+
+
+def is_constant(array: Array) -> bool:
+    """Whether it is an array of NumPy's whose memory nobody can write into.
+
+    Example:
+        >>> values = np.ones(3)
+        >>> is_constant(values), is_constant(sealed(values)), is_constant(values[1:])
+        (False, True, True)
+    """
+    while isinstance(array, np.ndarray):
+        if array.flags.writeable:
+            return False
+        array = array.base
+    return array is None or isinstance(array, bytes)
 
 
 def multiplies_short(array: Array) -> bool:

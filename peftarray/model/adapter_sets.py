@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peftarray.adapter import Adapter
-from peftarray.arrays import Array, Params
+from peftarray.arrays import Array, Params, unsealed
 from peftarray.method import AdapterConfig
 from peftarray.model.sites import Site
 from peftarray.prompts import Prompt
@@ -68,8 +68,8 @@ class AdapterSet:
         return replace(self, adapters=adapters, whole={name: once(array) for name, array in self.whole.items()})
 
     def unfrozen(self) -> AdapterSet:
-        """The same, which training changes."""
-        return replace(self, trainable=True)
+        """The same, which training changes, in place too."""
+        return replace(self.moved(unsealed), trainable=True)
 
     def restorable(self) -> bool:
         """Whether a file holds all that it is."""

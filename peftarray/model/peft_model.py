@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from peftarray.layers import Layer
 from peftarray.method import AdapterConfig
 from peftarray.model.acting import Acting, Make
 from peftarray.model.bases import backend_of_module, weights_of
+from peftarray.model.kept_stacks import KeptStacks
 from peftarray.model.prompted import PromptModel, check_words
 from peftarray.model.registry import BASE_NAME, AdapterSet, PromptSet
 from peftarray.model.registry_status import status_of
@@ -99,9 +100,11 @@ class PeftModel(AdapterVerbs):
 
     Attributes:
         task_ids: the task of each text, for a prompt that has several; see `for_tasks`.
+        kept_stacks: of adapters that batches had together.
     """
 
     task_ids: Any = None
+    kept_stacks: KeptStacks = field(default_factory=KeptStacks, repr=False)
 
     # What there is.
 
@@ -150,7 +153,7 @@ class PeftModel(AdapterVerbs):
         Raises:
             MatchError: there is none of a name.
         """
-        return self._mixed(adapter_names, stand_ins)
+        return self._mixed(adapter_names, stand_ins, kept=self.kept_stacks)
 
     def effective_weights(self) -> Any:
         """The weights in the form of the base's, every one an array: for code that an `AdaptedWeight` cannot serve."""
@@ -377,7 +380,7 @@ class PeftModel(AdapterVerbs):
     def _chosen(self, adapter_names: Sequence[str | None] | None) -> Any:
         return self.weights if adapter_names is None else self.weights_for(adapter_names)
 
-    def _mixed(self, adapter_names: Sequence[str | None], make: Make, key: Any = None) -> Any:
+    def _mixed(self, adapter_names: Sequence[str | None], make: Make, key: Any = None, **options: Any) -> Any:
         self._refuse_merged("adapter_names")
         names = [None if name == BASE_NAME else name for name in adapter_names]
         used = list(dict.fromkeys(name for name in names if name is not None))
@@ -385,8 +388,9 @@ class PeftModel(AdapterVerbs):
             message = "adapter_names is empty; give a name, or None, for each sample of the batch"
             raise ConfigError(message)
         self.registry = self.registry.ready(used, self._shelf)
-        acting = {one.name: one for one in self._acting(used)}
-        return mixed(self.base, acting, names, make, task_ids=self.task_ids, key=key)
+        in_order = [name for name in self.registry.entries if name in set(used)]
+        acting = {one.name: one for one in self._acting(in_order)}
+        return mixed(self.base, acting, names, make, task_ids=self.task_ids, key=key, **options)
 
     def _merged(self, adapter_names: Names | None, safe: bool) -> tuple[tuple[str, ...], Any]:
         given = self.registry.active if adapter_names is None else adapter_names

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peftarray import trees
-from peftarray.arrays import Array
+from peftarray.arrays import Array, sealed
 from peftarray.errors import MatchError, nearest
 from peftarray.formats.peft import open_weights
 from peftarray.formats.peft_config import read_config
@@ -84,7 +84,8 @@ def load_adapter(
     places = {name: sites[module_of(name)] for name in adapters}
     _check_known(saved.replace, arrays, folder)
     whole = {name: saved.replace[name] for name in arrays if name in saved.replace}
-    return AdapterSet(saved.config, adapters, places, whole, trainable, saved.extra)
+    found = AdapterSet(saved.config, adapters, places, whole, trainable, saved.extra)
+    return found if trainable else found.moved(sealed)
 
 
 def check_folder(folder: Path, *, allow_unknown: bool = False) -> AdapterConfig | Prompt:

@@ -18,6 +18,7 @@ from peftarray.method_dropout import Drop
 from peftarray.model.acting import Acting, Make, changed_arrays
 from peftarray.model.adapter_sets import PromptSet
 from peftarray.model.bases import untied_heads, weights_of
+from peftarray.model.kept_stacks import KeptStacks
 from peftarray.model.mixed_batches import mixed_arrays, mixed_prompts
 from peftarray.quantised_weight import QuantisedWeight
 from peftarray.stand_in import formed
@@ -91,6 +92,7 @@ def mixed(
     *,
     task_ids: Any = None,
     key: Any = None,
+    kept: KeptStacks | None = None,
 ) -> Any:
     """The weights of a batch whose samples have adapters of their own.
 
@@ -99,13 +101,15 @@ def mixed(
         acting: name -> the adapter.
         names: the adapter of each sample, None for none.
         make, task_ids, key: as for `under`.
+        kept: stacks of adapters, to be used where they can be and nothing is dropped.
     """
     order = {name: place for place, name in enumerate(acting)}
     places = [-1 if name is None else order[name] for name in names]
     tree = weights_of(base)
     arrays = dict(trees.named(tree))
     several = list(acting.values())
-    changed = mixed_arrays(arrays, several, places, make)
+    stacked = None if kept is None else kept.mixed(arrays, several, places)
+    changed = mixed_arrays(arrays, several, places, make) if stacked is None else stacked
 
     def drop(name: str) -> Drop | None:
         return None if key is None else _counted(key, f"{name}/prompt")

@@ -9,14 +9,16 @@ a batch of 64 rows of 16 tokens goes through the model with 0, 1, 8 and 64 diffe
 rows. Then, with so many adapters loaded: switching to another, loading one more from a folder, and adding a new one.
 
 Each contender is a process of its own that works only when asked, in turns, another one first in each round; the
-numbers are medians over the rounds. The adapters' own cost of a batch is its time above that of the base. All
-contenders load the same folders, and their logits must agree before a time counts. On a machine that others use, CPU
-time of one thread says more than the clock on the wall (`--cpu-time --threads 1`).
+numbers are medians over the rounds. The adapters' own cost of a batch is its time above that of the base, which goes
+through just before and just after it: the median of the differences. All contenders load the same folders, and their
+logits must agree before a time counts. On a machine that others use, CPU time of one thread says more than the clock on
+the wall (`--cpu-time --threads 1`).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -25,6 +27,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,7 @@ def batch() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 40000, (ROWS, TOKENS))
 
 
-# The contenders. Each has `run(names)`, `switch`, `load(folder, name)`, `add(name)` and `delete(name)`.
+# The contenders. Each has `run(names)`, `off()`, `switch`, `load(folder, name)`, `add(name)` and `delete(name)`.
 
 
 def peft_runs(base: Path, folder: Path) -> Runs:
@@ -89,14 +92,9 @@ def numpy_runs(base: Path, folder: Path) -> Runs:
 
 
 def runs_of(model: Any, config: Any, logits: Callable[[Sequence[str]], np.ndarray]) -> Runs:
-    def run(names: Sequence[str]) -> np.ndarray:
-        if names:
-            return logits(names)
-        with model.disable_adapter():
-            return logits(names)
-
     return {
-        "run": run,
+        "run": logits,
+        "off": model.disable_adapter,
         "switch": model.set_adapter,
         "load": model.load_adapter,
         "add": lambda name: model.add_adapter(name, config),
@@ -105,7 +103,7 @@ def runs_of(model: Any, config: Any, logits: Callable[[Sequence[str]], np.ndarra
 
 
 def contend(contender: str, base: Path, drawn: Path) -> None:
-    """Answers `count, action, rounds` with `[median ms, numbers of the result]`."""
+    """Answers `count, action, times` with `[median ms, numbers of the result]`, of a batch those above the base."""
     warnings.simplefilter("ignore")
     make = {"peft": peft_runs, "torch": torch_runs, "numpy": numpy_runs}[contender]
     if contender != "numpy":
@@ -122,15 +120,29 @@ def contend(contender: str, base: Path, drawn: Path) -> None:
         for place in range(loaded, wanted):
             runs["load"](folders[place % len(folders)], f"a{place}")
         loaded = max(loaded, wanted)
-        return forward(runs, count, times) if action == "forward" else (verb(runs, action, folders[0], times), [])
+        return above(runs, count, times) if action == "forward" else (verb(runs, action, folders[0], times), [])
 
     serve(answer)
 
 
-def forward(runs: Runs, count: int, times: int) -> tuple[float, list[float]]:
+def above(runs: Runs, count: int, times: int) -> tuple[float, list[float]]:
+    """Of a batch with so many adapters, what it takes above the base; of the base, what that takes."""
+
+    def base(times: int) -> float:
+        with runs["off"]():  # which takes PEFT a second, and is not counted
+            return timed(lambda: runs["run"]([]), times)
+
     names = [f"a{row % count}" for row in range(ROWS)] if count else []
-    numbers = [float(number) for number in runs["run"](names).reshape(-1)[:: 997 * 997]]
-    return timed(lambda: runs["run"](names), times), numbers
+    with nullcontext() if count else runs["off"]():
+        numbers = [float(number) for number in runs["run"](names).reshape(-1)[:: 997 * 997]]
+    if not count:
+        return base(times), numbers
+    bases, batches = [base(1)], []
+    for _ in range(times):
+        batches.append(timed(lambda: runs["run"](names), 1))
+        bases.append(base(1))
+    around = [(before + after) / 2 for before, after in itertools.pairwise(bases)]
+    return statistics.median(batch - base for batch, base in zip(batches, around, strict=True)), numbers
 
 
 def verb(runs: Runs, action: str, folder: Path, times: int) -> float:
@@ -200,7 +212,7 @@ def in_turns(contenders: list[Contender], action: str, count: int, rounds: int) 
     for turn in range(rounds):
         first, expected = turn % len(contenders), []
         for contender in contenders[first:] + contenders[:first]:
-            milliseconds, numbers = contender.ask(count, action, 20 if action == "switch" else 1)
+            milliseconds, numbers = contender.ask(count, action, {"switch": 20, "forward": 3}.get(action, 1))
             times[contender.name].append(milliseconds)
             expected = expected or numbers
             if not np.allclose(numbers, expected, rtol=1e-2, atol=1e-2):
@@ -214,11 +226,8 @@ def rows(results: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """What is to be shown: a name, and contender -> ms."""
     found = []
     for count, each in results["forward"].items():
-        if not count:
-            found.append(("batch of 64 x 16 tokens, the base", each))
-        else:
-            own = {name: each[name] - results["forward"][0][name] for name in each}
-            found.append((f"{count} adapter{'s' if count > 1 else ''} in the batch: above the base", own))
+        words = f"{count} adapter{'s' if count > 1 else ''} in the batch: above the base"
+        found.append((words if count else "batch of 64 x 16 tokens, the base", each))
     words = {"switch": "set_adapter", "load": "load_adapter", "add": "add_adapter"}
     for action in VERBS:
         found += [(f"{words[action]}, {count} loaded", each) for count, each in results.get(action, {}).items()]
@@ -238,7 +247,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("base", type=Path, nargs="?", help="the folder that smollm2.py wrote")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="only these")
-    parser.add_argument("--loaded", nargs="+", type=int, default=[1, 64, 200], help="how many adapters are loaded")
+    parser.add_argument("--loaded", nargs="*", type=int, default=[1, 64, 200], help="how many adapters are loaded")
     parser.add_argument("--rounds", type=int, default=5, help="turns that each contender has")
     parser.add_argument("--threads", type=int, default=2, help="how many threads each contender has")
     parser.add_argument(

@@ -1,0 +1,137 @@
+"""A weight that is another for each sample of a batch, by low-rank adapters in stacks that outlive the batch: NumPy's.
+
+Where `MixedWeight` takes the factors of each adapter and stacks them, here they are stacked already, and laid out as
+BLAS likes them: `down (K, in, R)` and `up (K, R, out)`, the scale within `up`. A run of samples whose slots follow each
+other is one product of stacks, of which nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from peftarray.arrays import Array
+from peftarray.layers import Layer
+from peftarray.mixed import MixedWeight
+from peftarray.stand_in import kind_for
+
+__all__ = ["Run", "StackedWeight", "Stacks", "runs_of"]
+
+
+class Run(NamedTuple):
+    """Samples that stand together, and their slots, which follow each other by one step; 0 where they have one slot."""
+
+    start: int
+    stop: int
+    slot: int
+    step: int
+
+
+class Stacks(NamedTuple):
+    """Factors of adapters of one layer."""
+
+    down: np.ndarray
+    up: np.ndarray
+    layer: Layer
+
+
+def runs_of(slots: Sequence[int | None]) -> tuple[Run, ...]:
+    """The slots of samples as runs, without those that have none.
+
+    Example:
+        >>> runs_of([0, 1, 2, 0, 0, None, 4, 2])
+        (Run(start=0, stop=3, slot=0, step=1), Run(start=3, stop=5, slot=0, step=0), Run(start=6, stop=7, slot=4, \
+step=1), Run(start=7, stop=8, slot=2, step=1))
+    """
+    found: list[Run] = []
+    for place, slot in enumerate(slots):
+        if slot is None:
+            continue
+        last = found[-1] if found and found[-1].stop == place else None
+        if last is not None and place - last.start == 1 and slot >= last.slot:
+            found[-1] = Run(last.start, place + 1, last.slot, slot - last.slot)
+        elif last is not None and slot == last.slot + last.step * (place - last.start):
+            found[-1] = last._replace(stop=place + 1)
+        else:
+            found.append(Run(place, place + 1, slot, 1))
+    return tuple(found)
+
+
+class StackedWeight(MixedWeight):
+    """A `MixedWeight` whose parts are formed only for what the stacks do not serve.
+
+    Args:
+        base: the frozen weight as the model stores it.
+        stacks: of the layer.
+        runs: the slots of the samples.
+        places: for each sample, which of the parts.
+        form: makes the parts.
+    """
+
+    def __init__(
+        self,
+        base: np.ndarray,
+        stacks: Stacks,
+        runs: Sequence[Run],
+        places: tuple[int, ...],
+        form: Callable[[], tuple[Array, ...]],
+        flipped: bool = False,
+    ) -> None:
+        self.places = places
+        self._flipped = flipped
+        self._base, self._stacks, self._runs, self._form = base, stacks, runs, form
+
+    @property
+    def parts(self) -> tuple[Array, ...]:  # type: ignore[override]
+        return self._form()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = tuple(self._base.shape)
+        return shape[::-1] if self._flipped else shape
+
+    @property
+    def dtype(self) -> Any:
+        return self._base.dtype
+
+    @property
+    def device(self) -> Any:
+        return self._base.device
+
+    @property
+    def mT(self) -> Self:
+        return type(self)(self._base, self._stacks, self._runs, self.places, self._form, not self._flipped)
+
+    def after(self, x: Array) -> Array:
+        layer = self._stacks.layer
+        if not isinstance(x, np.ndarray) or x.ndim < 2 or self._flipped == layer.transposed:
+            return self._mixed.after(x)
+        samples = self._by_sample(x)
+        samples = samples.reshape(samples.shape[0], -1, samples.shape[-1])
+        # A product of NumPy's is a new array, whose rows stand together.
+        y = x @ layer.view(self._base).mT
+        by_sample = y.reshape(samples.shape[0], -1, y.shape[-1])
+        down, up, _ = self._stacks
+        for start, stop, slot, step in self._runs:
+            given, out = samples[start:stop], by_sample[start:stop]
+            if step == 0:
+                rows = given.reshape(-1, given.shape[-1]) @ down[slot] @ up[slot]
+                out += rows.reshape(out.shape)
+            else:
+                these = slice(slot, slot + (stop - start - 1) * step + 1, step)
+                out += np.matmul(np.matmul(given, down[these]), up[these])
+        return y
+
+    def flatten(self) -> tuple[tuple[Array, ...], Any]:
+        return self._mixed.flatten()
+
+    @classmethod
+    def unflatten(cls, rest: Any, arrays: Sequence[Array]) -> Any:
+        return kind_for(MixedWeight, *arrays).unflatten(rest, arrays)
+
+    @property
+    def _mixed(self) -> MixedWeight:
+        """The same of its parts."""
+        return kind_for(MixedWeight, self._base)(self.parts, self.places, self._flipped)
