@@ -7,9 +7,11 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from peftarray.arrays import Array, Params, is_short, namespace
+from peftarray.arrays import Array, Params, is_short, is_writable, namespace, stop_gradient
+from peftarray.errors import UnsupportedError
 from peftarray.layers import Layer, Window
 from peftarray.method_dropout import Drop, Dropout, applied_with_dropout, update_with_dropout
+from peftarray.routes import Weight
 from peftarray.stand_in import formed
 from peftarray.widened import widened
 
@@ -112,6 +114,31 @@ class Adapter:
     def merge(self, weight: Array) -> Array:
         """The effective weight: a new array with the weight's shape and dtype, computed in float32 at least."""
         return self._through(weight, self.config.weight)
+
+    def merge_into(self, weight: Array) -> None:
+        """Put the effective weight in the place of the weight, mostly without a second array of its size.
+
+        Raises:
+            UnsupportedError: the array cannot be written into, as none of JAX's can, or stands for a weight.
+
+        Example:
+            >>> import numpy as np
+            >>> from peftarray import IA3Config
+            >>> weight = np.ones((2, 3), np.float32)
+            >>> adapter = dataclasses.replace(IA3Config().init(weight), params={"ia3_l": np.float32([[2], [3]])})
+            >>> adapter.merge_into(weight)
+            >>> weight.tolist()
+            [[2.0, 2.0, 2.0], [3.0, 3.0, 3.0]]
+        """
+        if isinstance(weight, Weight) or not is_writable(weight):
+            message = f"{self.layer.name}: the weight cannot be written into; use merge, which makes a new array"
+            raise UnsupportedError(message)
+        weight = stop_gradient(weight)
+        still = dataclasses.replace(self, params={name: stop_gradient(array) for name, array in self.params.items()})
+        if is_short(weight) or self.layer.kernel:  # whose matrix need not share its memory
+            weight[...] = still.merge(weight)
+        else:
+            self.config.weight_into(still.prepared, self.layer.view(weight), self.layer)
 
     def change(self, weight: Array) -> Array:
         """What `merge` adds to the weight, in float32 at least and as the model stores it."""

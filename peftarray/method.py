@@ -153,6 +153,10 @@ class AdapterConfig(ABC):
     def weight(self, p: Params, w: Array, layer: Layer) -> Array:
         """The effective weight: `p` prepared (and cut), `w` the matrix or a tile of it."""
 
+    def weight_into(self, p: Params, w: Array, layer: Layer) -> None:
+        """Put `weight(p, w, layer)` in the place of `w`; better without a second array of that size."""
+        w[...] = self.weight(p, w, layer)
+
     def effective_bias(self, p: Params, b: Array, w: Array | None, layer: Layer) -> Array:
         """The effective bias from the raw parameters."""
         return b

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
-from peftarray.arrays import Array, Params, add_matmul, thin_product
+from peftarray.arrays import Array, Params, add_matmul, add_matmul_into, thin_product
 from peftarray.layers import Layer, contract, through
 from peftarray.method import AdapterConfig
 from peftarray.routes import Weight
@@ -42,6 +42,9 @@ class LowRank(AdapterConfig):
 
     def weight(self, p: Params, w: Array, layer: Layer) -> Array:
         return add_matmul(w, p["up"], p["down"])
+
+    def weight_into(self, p: Params, w: Array, layer: Layer) -> None:
+        add_matmul_into(w, p["up"], p["down"])
 
     def inverse(self, p: Params, w: Array, layer: Layer) -> Array:
         return w - self.update(p, w, layer)
@@ -84,6 +87,9 @@ class Additive(AdapterConfig):
 
     def weight(self, p: Params, w: Array, layer: Layer) -> Array:
         return w + self.update(p, w, layer)
+
+    def weight_into(self, p: Params, w: Array, layer: Layer) -> None:
+        w += self.update(p, w, layer)
 
     def inverse(self, p: Params, w: Array, layer: Layer) -> Array:
         return w - self.update(p, w, layer)

@@ -107,6 +107,9 @@ class IA3Config(Transform):
     def weight(self, p: Params, w: Array, layer: Layer) -> Array:
         return w * _gain(p)
 
+    def weight_into(self, p: Params, w: Array, layer: Layer) -> None:
+        w *= _gain(p)
+
     def update(self, p: Params, w: Array, layer: Layer) -> Array:
         return w * (_gain(p) - 1)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peftarray import random
-from peftarray.arrays import Array, Params, add_product, by_rows, namespace, thin_product
+from peftarray.arrays import Array, Params, add_product, add_product_into, by_rows, namespace, row_blocks, thin_product
 from peftarray.layers import Kind, Layer, contract, pays, through, tucker_factor
 from peftarray.method import Param
 from peftarray.method_dropout import Dropout
@@ -89,6 +89,11 @@ class LoHaConfig(Additive):
             return add_product(w[rows, ...], first, thin_product(p["up2"][rows, ...], p["down2"]))
 
         return by_rows(make, w)
+
+    def weight_into(self, p: Params, w: Array, layer: Layer) -> None:
+        for rows in row_blocks(w):
+            first = thin_product(p["up1"][rows, ...], p["down1"])
+            add_product_into(w[rows, ...], first, thin_product(p["up2"][rows, ...], p["down2"]))
 
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         if self._is_thin(p, layer):

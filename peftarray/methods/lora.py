@@ -255,6 +255,11 @@ class LoraConfig(LowRank):
             return direction
         return direction * self._gain(p, row_norms(direction))[:, None]
 
+    def weight_into(self, p: Params, w: Array, layer: Layer) -> None:
+        super().weight_into(p, w, layer)
+        if self.use_dora:
+            w *= self._gain(p, row_norms(w))[:, None]
+
     def inverse(self, p: Params, w: Array, layer: Layer) -> Array:
         if self.use_dora:
             message = (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peftarray import random
-from peftarray.arrays import Array, Params, add_matmul, constant, thin_product, wide
+from peftarray.arrays import Array, Params, add_matmul, add_matmul_into, constant, thin_product, wide
 from peftarray.dtypes import rounded
 from peftarray.layers import Layer, Peers
 from peftarray.method import Param
@@ -118,6 +118,9 @@ class VeraConfig(LowRank):
 
     def weight(self, p: Params, w: Array, layer: Layer) -> Array:
         return add_matmul(w, p["b"][:, None] * p["B"] * p["d"], p["A"])
+
+    def weight_into(self, p: Params, w: Array, layer: Layer) -> None:
+        add_matmul_into(w, p["b"][:, None] * p["B"] * p["d"], p["A"])
 
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         return x @ w.mT + self.apply_update(p, x, w, layer)

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import abc
 import math
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
+
+import numpy as np
 
 from peftarray.arrays import Array, Params, device, namespace
 from peftarray.dtypes import storage_dtype
 from peftarray.errors import ShapeError
 
 __all__ = ["Codec", "Part", "entries", "row_size"]
+
+# So many numbers, decoded and copied to their place, stay in a cache.
+_TILE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -84,13 +91,16 @@ class Codec(abc.ABC):
         return self.encode(weight)
 
     @final
-    def dequantize(self, parts: Params, shape: tuple[int, ...], *, rows: tuple[int, int] | None = None) -> Array:
+    def dequantize(
+        self, parts: Params, shape: tuple[int, ...], *, rows: tuple[int, int] | None = None, threads: int = 1
+    ) -> Array:
         """The weight, or some of its rows, in float32.
 
         Args:
             parts: what `quantize` returned, or what a file holds; scales may have any floating dtype.
             shape: the shape of the weight.
             rows: the first row and the one after the last; all of them if None.
+            threads: how many decode tiles of rows side by side, where the parts are NumPy's.
 
         Raises:
             ShapeError: a part is missing or has another shape than `parts(shape)` says, or there are no such rows.
@@ -104,7 +114,25 @@ class Codec(abc.ABC):
             first = next(iter(parts.values()))
             xp = namespace(first)
             return xp.zeros((end - begin, *shape[1:]), dtype=xp.float32, device=device(first))
+        if threads > 1 and all(isinstance(part, np.ndarray) for part in parts.values()):
+            return self._decode_in_threads(parts, shape, begin, end, threads)
         return self.decode(parts, shape, begin, end)
+
+    def _decode_in_threads(
+        self, parts: Params, shape: tuple[int, ...], begin: int, end: int, threads: int
+    ) -> np.ndarray:
+        whole = np.empty((end - begin, *shape[1:]), np.float32)
+        step = self.row_step(shape)
+        step *= max(1, _TILE // (row_size(shape) * step))
+
+        def fill(place: int) -> None:
+            first, last = max(begin, place), min(place + step, end)
+            whole[first - begin : last - begin] = self.decode(parts, shape, first, last)
+
+        with ThreadPoolExecutor(threads, "decode") as pool:
+            # Tiles begin where the codec's own do.
+            deque(pool.map(fill, range(begin // step * step, end, step)), maxlen=0)
+        return whole
 
     @final
     def check(self, parts: Mapping[str, Any], shape: tuple[int, ...]) -> None:

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from peftarray.adapter import Adapter
-from peftarray.arrays import Array, device, namespace
+from peftarray.arrays import Array, device, is_writable, namespace
 from peftarray.errors import ConfigError, MatchError, ShapeError, UnsupportedError
 from peftarray.formats.peft_config import config_from_dict, config_to_dict
 from peftarray.formats.peft_writer import load_adapters, save_adapters
@@ -180,6 +180,20 @@ def unmerge_restores_or_says_to_keep_the_base(trial: Trial) -> None:
         trial.same_bits(adapter.params[name], values, f"merging changed {name}")
 
 
+def merging_in_place_is_merging(trial: Trial) -> None:
+    """`merge_into` leaves in the weight what `merge` returns, to rounding; where it cannot, it refuses."""
+    adapter, weight = trial.adapter(), trial.weight()
+    merged = adapter.merge(weight)
+    weight = namespace(weight).asarray(weight, copy=True)
+    if not is_writable(weight):
+        _refused(lambda: adapter.merge_into(weight), UnsupportedError, "a weight that cannot be written into")
+        return
+    adapter.merge_into(weight)
+    trial.equal(weight, merged, "merge_into differs from merge")
+    for name, values in trial.adapter().params.items():
+        trial.same_bits(adapter.params[name], values, f"merge_into changed {name}")
+
+
 def the_scale_is_linear(trial: Trial) -> None:
     """Where the update does not depend on the base, equal steps of `scale` are equal steps of the update."""
     adapter, matrix = trial.adapter(), trial.matrix()
@@ -289,6 +303,7 @@ ARRAY_LAWS: tuple[Law, ...] = (
     apply_equals_the_weight,
     the_update_is_the_difference,
     unmerge_restores_or_says_to_keep_the_base,
+    merging_in_place_is_merging,
     the_scale_is_linear,
     library_dtype_and_device_stay,
     libraries_agree_with_numpy,

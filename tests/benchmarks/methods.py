@@ -5,9 +5,10 @@
 
 Two linear layers of 1024 x 1024 without bias, 256 rows, float32, every method with PEFT's defaults. A step is the
 forward pass and the gradients of the adapter's parameters and of the input, as in the middle of a network; the base is
-frozen, and what a method prepares from its parameters is made anew in each step. A merge makes the merged weights of
-both layers, by `merge_and_unload` in PEFT (which adds to the weights that are there) and `Adapter.merge` here (which
-leaves them). The forward pass keeps no gradients; its parameters are prepared once, which PEFT does anew.
+frozen, and what a method prepares from its parameters is made anew in each step. A merge puts the merged weights of
+both layers in the place of their own, by `merge_and_unload` in PEFT and `Adapter.merge_into` here; "new" is
+`Adapter.merge`, which leaves them and makes others. The forward pass keeps no gradients; its parameters are prepared
+once, which PEFT does anew.
 
 Each contender is a process of its own that works only when asked, in turns, another one first in each round; the
 numbers are medians over the rounds. All contenders get the same parameters, and their outputs and merged weights must
@@ -47,7 +48,12 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "BOFT": ("BOFTConfig", {}),
     "VeRA": ("VeraConfig", {}),
 }
-ACTIONS = {"step": ("peft", "torch"), "merge": ("peft", "torch", "numpy"), "forward": ("peft", "torch", "numpy")}
+ACTIONS = {
+    "step": ("peft", "torch"),
+    "merge": ("peft", "torch", "numpy"),
+    "new": ("peft", "torch", "numpy"),
+    "forward": ("peft", "torch", "numpy"),
+}
 
 Action = Callable[[], Any]
 
@@ -100,7 +106,8 @@ def peft_actions(name: str) -> dict[str, Action]:
     def forward() -> Any:
         return still(x)
 
-    return {"step": step, "prepare merge": prepare_merge, "merge": merge, "forward": forward}
+    again = {"prepare new": prepare_merge, "new": merge}
+    return {"step": step, "prepare merge": prepare_merge, "merge": merge, **again, "forward": forward}
 
 
 def our_actions(name: str, library: Any, asarray: Callable[[np.ndarray], Any]) -> dict[str, Action]:
@@ -128,9 +135,18 @@ def our_actions(name: str, library: Any, asarray: Callable[[np.ndarray], Any]) -
             x = method.apply(method.prepare(arrays, layer), x, weight, layer)
         return x
 
+    copies: list[Any] = []
+
+    def prepare_merge() -> None:
+        copies[:] = [library.asarray(weight, copy=True) for weight in frozen]
+
     def merge() -> Any:
-        fresh = (replace(adapter) for adapter in adapters)
-        return [adapter.merge(weight) for adapter, weight in zip(fresh, frozen, strict=True)]
+        for adapter, weight in zip(adapters, copies, strict=True):
+            adapter.merge_into(weight)
+        return list(copies)
+
+    def new() -> Any:
+        return [adapter.merge(weight) for adapter, weight in zip(adapters, frozen, strict=True)]
 
     def forward() -> Any:
         y = x
@@ -138,8 +154,9 @@ def our_actions(name: str, library: Any, asarray: Callable[[np.ndarray], Any]) -
             y = adapter.forward(y, weight)
         return y
 
+    here = {"prepare merge": prepare_merge, "merge": merge, "new": new, "forward": forward}
     if library is np:
-        return {"merge": merge, "forward": forward}
+        return here
 
     live = [
         {
@@ -156,7 +173,7 @@ def our_actions(name: str, library: Any, asarray: Callable[[np.ndarray], Any]) -
         library.autograd.grad(y, [asking, *trained], back)
         return y
 
-    return {"step": step, "merge": merge, "forward": forward}
+    return {"step": step, **here}
 
 
 def contend(contender: str) -> None:

@@ -21,7 +21,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,6 @@ ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "GGUF Q8_0": ("gguf", {"type": "Q8_0"}),
 }
 CONTENDERS = ("bitsandbytes", "peftarray")
-TILE = 1 << 20
 
 Action = Callable[[], Any]
 
@@ -96,25 +94,13 @@ def peftarray_actions(name: str, weight: np.ndarray, threads: int) -> tuple[Acti
 
     kind, settings = (CASES | ALONE)[name]
     how = codec(kind, **settings)
-    pool = ThreadPoolExecutor(threads)
     held: dict[str, Any] = {}
 
     def quantise() -> Any:
         held.update(how.quantize(weight))
 
     def dequantise() -> Any:
-        if threads == 1:
-            return how.dequantize(held, weight.shape)
-        whole = np.empty_like(weight)
-        step = how.row_step(weight.shape)
-        step *= max(1, TILE // weight.shape[1] // step)
-
-        def tile(begin: int) -> None:
-            end = min(begin + step, len(weight))
-            whole[begin:end] = how.dequantize(held, weight.shape, rows=(begin, end))
-
-        list(pool.map(tile, range(0, len(weight), step)))
-        return whole
+        return how.dequantize(held, weight.shape, threads=threads)
 
     def check() -> int:
         codes, *_ = held.values()

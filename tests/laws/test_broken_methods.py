@@ -93,6 +93,7 @@ BROKEN: dict[str, list[dict[str, Callable[..., Any]]]] = {
         {"effective_bias": lambda self, p, b, w, layer: b},
     ],
     "unmerge_restores_or_says_to_keep_the_base": [{"inverse": lambda self, p, w, layer: w}],
+    "merging_in_place_is_merging": [{"weight_into": lambda self, p, w, layer: None}],
     "the_scale_is_linear": [{"factors": lambda self, p, layer: (p["up"] * self.scale**2, p["down"])}],
     "library_dtype_and_device_stay": [
         {"factors": lambda self, p, layer: (p["up"] * np.float64(self.scale), p["down"])},

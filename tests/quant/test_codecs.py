@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -48,6 +49,18 @@ def test_rows_are_a_slice_of_the_whole(how, shape, error):
     rows = {(begin, end) for begin, end in rows if begin <= end <= shape[0]}
     for begin, end in rows | {(begin, min(begin + step, shape[0])) for begin in range(0, shape[0], step)}:
         np.testing.assert_array_equal(how.dequantize(parts, shape, rows=(begin, end)), whole[begin:end], strict=True)
+
+
+@pytest.mark.parametrize(("how", "shape", "error"), [*CASES, *HOST])
+@pytest.mark.parametrize("tile", [1, 1 << 17])
+def test_threads_change_no_bit(how, shape, error, tile, monkeypatch):
+    monkeypatch.setattr(sys.modules["peftarray.quant.codec"], "_TILE", tile)
+    parts = how.quantize(normal(shape))
+    whole = how.dequantize(parts, shape)
+    for rows in ((0, shape[0]), (shape[0] // 3, shape[0] - 1)):
+        if rows[0] < rows[1]:
+            found = how.dequantize(parts, shape, rows=rows, threads=3)
+            np.testing.assert_array_equal(found, whole[slice(*rows)], strict=True)
 
 
 @pytest.mark.parametrize(("how", "shape", "error"), CASES)
