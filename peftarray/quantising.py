@@ -29,10 +29,17 @@ class Choice:
         codec: of linear layers.
         skip: names of modules, or ends of names, that stay as they are.
         embeddings: of the input embedding; None where it stays as it is.
+        codecs: names of modules, or ends of names -> the codec of those linear layers in place of `codec`.
     """
 
     def __init__(
-        self, codec: str | Codec, *, skip: Iterable[str] = (), embeddings: str | Codec | None = None, **settings: Any
+        self,
+        codec: str | Codec,
+        *,
+        skip: Iterable[str] = (),
+        embeddings: str | Codec | None = None,
+        codecs: Mapping[str, str | Codec] | None = None,
+        **settings: Any,
     ) -> None:
         if isinstance(skip, str):
             message = f"skip is {skip!r}; it must be a list of names of modules, or of ends of names"
@@ -40,6 +47,7 @@ class Choice:
         self.codec = codec_of(codec, **settings)
         self.skip = tuple(skip)
         self.embeddings = None if embeddings is None else codec_of(embeddings)
+        self.codecs = {item: codec_of(other) for item, other in (codecs or {}).items()}
 
     def among(self, shapes: Mapping[str, tuple[int, ...]], model_type: str | None = None) -> dict[str, Codec]:
         """name of a weight -> its codec, for those that are quantised.
@@ -51,7 +59,7 @@ class Choice:
             model_type: the architecture, where it is known.
 
         Raises:
-            MatchError: an item of `skip` names nothing, or nothing is left.
+            MatchError: an item of `skip` or `codecs` names nothing, or nothing is left.
         """
         # What a layer is follows from names and shapes; an array of them that takes no memory will do.
         arrays = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
@@ -60,13 +68,19 @@ class Choice:
             if not any(ends_with(module, [item]) or f".{item}." in f".{module}" for module in sites):
                 message = f"skip names {item!r}, which is none of {len(sites)} modules{nearest(item, sites)}"
                 raise MatchError(message)
+        linear = [module for module, site in sites.items() if site.layer.kind == "linear"]
+        for item in self.codecs:
+            if not any(_names(item, module) for module in linear):
+                message = f"codecs names {item!r}, which is none of {len(linear)} linear layers{nearest(item, linear)}"
+                raise MatchError(message)
         heads = heads_among(sites)
         found: dict[str, Codec] = {}
         for module, site in sites.items():
-            if any(f".{item}." in f".{module}." for item in self.skip) or module in heads:
+            if any(_names(item, module) for item in self.skip) or module in heads:
                 continue
             if site.layer.kind == "linear" and not ends_with(module, TASK_HEADS):
-                found[site.tensor] = self.codec
+                own = [other for item, other in self.codecs.items() if _names(item, module)]
+                found[site.tensor] = own[-1] if own else self.codec
             elif self.embeddings is not None and ends_with(module, input_embedding_names(model_type)):
                 found[site.tensor] = self.embeddings
         if not found:
@@ -75,12 +89,18 @@ class Choice:
         return found
 
 
+def _names(item: str, module: str) -> bool:
+    """Whether an item of a setting is the name of a module, an end of it, or of what it is in."""
+    return f".{item}." in f".{module}."
+
+
 def quantize(
     model: Any,
     codec: str | Codec = "nf4",
     *,
     skip: Iterable[str] = (),
     embeddings: str | Codec | None = None,
+    codecs: Mapping[str, str | Codec] | None = None,
     **settings: Any,
 ) -> Any:
     """The same model with the weights of its linear layers quantised.
@@ -94,6 +114,8 @@ def quantize(
         codec: how, by a name of `peftarray.quant.CODECS` or as a codec.
         skip: modules that stay as they are, by their names or ends of names, such as `["o_proj"]`.
         embeddings: the codec of the input embedding, and so of a head that is tied to it; as it is if None.
+        codecs: linear layers that have another codec, by their names or ends of names: `{"v_proj": "int8"}`. Of several
+            that fit, the last one counts.
         **settings: of the codec, where it is a name.
 
     Returns:
@@ -102,7 +124,7 @@ def quantize(
 
     Raises:
         ConfigError: the codec has no such setting, or the model is of no kind that is known.
-        MatchError: `skip` names nothing, or nothing is left to quantise.
+        MatchError: `skip` or `codecs` names nothing, or nothing is left to quantise.
         NumberError: a weight holds NaN or infinity.
         ShapeError: a weight cannot be stored so; skip its module, or choose another block.
 
@@ -112,7 +134,7 @@ def quantize(
         >>> quantize(weights, "nf4", double=False)["up.weight"]
         QuantisedWeight(NormalFloat(block=64, double=False), (8, 64), float32)
     """
-    choice = Choice(codec, skip=skip, embeddings=embeddings, **settings)
+    choice = Choice(codec, skip=skip, embeddings=embeddings, codecs=codecs, **settings)
     tree = weights_of(model)
     if tree is None:
         return backend_of_module(model).quantize_module(model, choice)

@@ -45,6 +45,7 @@ def load(
     quantize: str | Codec | None = None,
     skip: Iterable[str] = (),
     embeddings: str | Codec | None = None,
+    codecs: Mapping[str, str | Codec] | None = None,
 ) -> Model:
     """A reference model with the weights of a checkpoint folder.
 
@@ -57,10 +58,11 @@ def load(
         device: where the weights go, as the library says it; its default if None.
         dtype: of the weights, such as `"float64"`; float32 if None (float64 where that is stored).
         quantize: quantise linear layers on the way, one float tensor at a time; on the host, so that every library gets
-            the same bits. It and the next two are as `peftarray.quantize` has them; a codec of other than the usual
+            the same bits. It and the next three are as `peftarray.quantize` has them; a codec of other than the usual
             settings is what `peftarray.codec` gives.
         skip: modules that stay as they are.
         embeddings: the codec of the input embedding.
+        codecs: linear layers that have another codec, by their names or ends of names.
 
     Raises:
         FormatError: no checkpoint there, or a damaged one.
@@ -82,7 +84,7 @@ def load(
         held = {tensor for weight in stored.values() for tensor in weight.names()}
         names = {_live(name): name for name in (*store, *stored) if name in stored or name not in held}
         prefix = _prefix(family, family.tensors(config), names)
-        chosen = _to_quantise(store, names, stored, quantize, skip, embeddings)
+        chosen = _to_quantise(store, names, stored, quantize, skip=skip, embeddings=embeddings, codecs=codecs)
         weights = {}
         for row in family.tensors(config):
             name = row.name if row.bare else prefix + row.name
@@ -191,17 +193,18 @@ def _to_quantise(
     names: Mapping[str, str],
     stored: Mapping[str, StoredWeight],
     quantize: str | Codec | None,
+    *,
     skip: Iterable[str],
-    embeddings: str | Codec | None,
+    **others: Any,
 ) -> dict[str, Codec]:
     """name of a weight -> its codec, for those that are quantised on the way."""
     if quantize is None:
-        if embeddings is not None or tuple(skip):
-            message = "skip and embeddings are given, and quantize is None; say how the other weights are quantised"
+        if tuple(skip) or any(value is not None for value in others.values()):
+            message = "skip, embeddings or codecs is given, and quantize is None; say how other weights are quantised"
             raise ConfigError(message)
         return {}
     shapes = {name: tuple(store[disk].shape) for name, disk in names.items() if disk not in stored}
-    return Choice(quantize, skip=skip, embeddings=embeddings).among(shapes, store.config["model_type"])
+    return Choice(quantize, skip=skip, **others).among(shapes, store.config["model_type"])
 
 
 def _quantised(

@@ -252,3 +252,12 @@ def test_what_a_short_dtype_keeps():
     torch.testing.assert_close(y, wanted, atol=0.05, rtol=0.05)
     assert adapter.merge(quantised).dtype is torch.bfloat16
     assert namespace(quantised).float32 is torch.float32
+
+
+def test_layers_have_codecs_of_their_own():
+    weights = {f"layers.{layer}.{name}.weight": np.ones((64, 64), np.float32) for layer in (0, 1) for name in "qv"}
+    found = pa.quantize(weights, "nf4", codecs={"v": "int8", "layers.1.v": "fp8"})
+    kinds = {name: found[f"{name}.weight"].codec.kind for name in ("layers.0.q", "layers.0.v", "layers.1.v")}
+    assert kinds == {"layers.0.q": "nf4", "layers.0.v": "int8", "layers.1.v": "fp8"}
+    with pytest.raises(pa.MatchError, match="codecs names 'x', which is none of 4 linear layers"):
+        pa.quantize(weights, "nf4", codecs={"x": "int8"})
