@@ -18,8 +18,8 @@ from peftarray.errors import ShapeError
 
 __all__ = ["Codec", "Part", "entries", "row_size"]
 
-# So many numbers, decoded and copied to their place, stay in a cache.
-_TILE = 1 << 17
+# Smaller tiles make the threads wait for each other more than they decode.
+_TILE = 1 << 19
 
 
 @dataclass(frozen=True)

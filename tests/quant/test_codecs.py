@@ -52,7 +52,7 @@ def test_rows_are_a_slice_of_the_whole(how, shape, error):
 
 
 @pytest.mark.parametrize(("how", "shape", "error"), [*CASES, *HOST])
-@pytest.mark.parametrize("tile", [1, 1 << 17])
+@pytest.mark.parametrize("tile", [1, 1 << 19])
 def test_threads_change_no_bit(how, shape, error, tile, monkeypatch):
     monkeypatch.setattr(sys.modules["peftarray.quant.codec"], "_TILE", tile)
     parts = how.quantize(normal(shape))
