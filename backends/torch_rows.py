@@ -112,13 +112,13 @@ class Rows:
         """
         down, up = stacks
         rows, out = x.reshape(x.shape[0], -1, x.shape[-1]), y.view(x.shape[0], -1, y.shape[-1])
-        for start, stop, slot, step in self._runs:
-            if step == 0:
-                hidden = rows[start:stop].reshape(-1, x.shape[-1]) @ down[slot].mT
-                out[start:stop].view(-1, y.shape[-1]).addmm_(hidden, up[slot].mT)
+        for run in self._runs:
+            given, taken = rows[run.start : run.stop], out[run.start : run.stop]
+            if run.step == 0:
+                hidden = given.reshape(-1, x.shape[-1]) @ down[run.slot].mT
+                taken.view(-1, y.shape[-1]).addmm_(hidden, up[run.slot].mT)
             else:
-                these = slice(slot, slot + (stop - start - 1) * step + 1, step)
-                out[start:stop].baddbmm_(torch.bmm(rows[start:stop], down[these].mT), up[these].mT)
+                taken.baddbmm_(torch.bmm(given, down[run.slots].mT), up[run.slots].mT)
         return y
 
     def update(self, x: torch.Tensor, stacks: Factors, layer: Layer) -> torch.Tensor:

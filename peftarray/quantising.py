@@ -65,7 +65,7 @@ class Choice:
         arrays = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
         sites = find_sites(arrays, LoraConfig(), {}, model_type)
         for item in self.skip:
-            if not any(ends_with(module, [item]) or f".{item}." in f".{module}" for module in sites):
+            if not any(_names(item, module) for module in sites):
                 message = f"skip names {item!r}, which is none of {len(sites)} modules{nearest(item, sites)}"
                 raise MatchError(message)
         linear = [module for module, site in sites.items() if site.layer.kind == "linear"]

@@ -15,7 +15,7 @@ import numpy as np
 from peftarray.arrays import Array
 from peftarray.layers import Layer
 from peftarray.mixed import MixedWeight
-from peftarray.stand_in import kind_for
+from peftarray.stand_in import OverArray, kind_for
 
 __all__ = ["Run", "StackedWeight", "Stacks", "runs_of"]
 
@@ -27,6 +27,11 @@ class Run(NamedTuple):
     stop: int
     slot: int
     step: int
+
+    @property
+    def slots(self) -> slice:
+        """The slots, where they differ."""
+        return slice(self.slot, self.slot + (self.stop - self.start - 1) * self.step + 1, self.step)
 
 
 class Stacks(NamedTuple):
@@ -59,7 +64,7 @@ step=1), Run(start=7, stop=8, slot=2, step=1))
     return tuple(found)
 
 
-class StackedWeight(MixedWeight):
+class StackedWeight(OverArray, MixedWeight):
     """A `MixedWeight` whose parts are formed only for what the stacks do not serve.
 
     Args:
@@ -81,28 +86,16 @@ class StackedWeight(MixedWeight):
     ) -> None:
         self.places = places
         self._flipped = flipped
-        self._base, self._stacks, self._runs, self._form = base, stacks, runs, form
+        self.base = base
+        self._stacks, self._runs, self._form = stacks, runs, form
 
     @property
     def parts(self) -> tuple[Array, ...]:  # type: ignore[override]
         return self._form()
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        shape = tuple(self._base.shape)
-        return shape[::-1] if self._flipped else shape
-
-    @property
-    def dtype(self) -> Any:
-        return self._base.dtype
-
-    @property
-    def device(self) -> Any:
-        return self._base.device
-
-    @property
     def mT(self) -> Self:
-        return type(self)(self._base, self._stacks, self._runs, self.places, self._form, not self._flipped)
+        return type(self)(self.base, self._stacks, self._runs, self.places, self._form, not self._flipped)
 
     def after(self, x: Array) -> Array:
         layer = self._stacks.layer
@@ -111,17 +104,16 @@ class StackedWeight(MixedWeight):
         samples = self._by_sample(x)
         samples = samples.reshape(samples.shape[0], -1, samples.shape[-1])
         # A product of NumPy's is a new array, whose rows stand together.
-        y = x @ layer.view(self._base).mT
+        y = x @ layer.view(self.base).mT
         by_sample = y.reshape(samples.shape[0], -1, y.shape[-1])
         down, up, _ = self._stacks
-        for start, stop, slot, step in self._runs:
-            given, out = samples[start:stop], by_sample[start:stop]
-            if step == 0:
-                rows = given.reshape(-1, given.shape[-1]) @ down[slot] @ up[slot]
+        for run in self._runs:
+            given, out = samples[run.start : run.stop], by_sample[run.start : run.stop]
+            if run.step == 0:
+                rows = given.reshape(-1, given.shape[-1]) @ down[run.slot] @ up[run.slot]
                 out += rows.reshape(out.shape)
             else:
-                these = slice(slot, slot + (stop - start - 1) * step + 1, step)
-                out += np.matmul(np.matmul(given, down[these]), up[these])
+                out += np.matmul(np.matmul(given, down[run.slots]), up[run.slots])
         return y
 
     def flatten(self) -> tuple[tuple[Array, ...], Any]:
@@ -134,4 +126,4 @@ class StackedWeight(MixedWeight):
     @property
     def _mixed(self) -> MixedWeight:
         """The same of its parts."""
-        return kind_for(MixedWeight, self._base)(self.parts, self.places, self._flipped)
+        return kind_for(MixedWeight, self.base)(self.parts, self.places, self._flipped)

@@ -70,8 +70,10 @@ class KeptStacks:
         kept = self._kept
         if len(owned) < len(acting):
             return None
-        if kept is None or any(one not in kept.slots for one in owned):
-            kept = _made(self._wanted(owned))
+        new = [one for one in owned if kept is None or one not in kept.slots]
+        if new:
+            # Those that are kept were found constant when they came.
+            kept = _made(self._wanted(owned)) if all(_is_constant(one.found()) for one in new) else None
         if kept is None or not all(_fits(arrays[name], stacks) for name, stacks in kept.stacks.items()):
             return None
         self._kept = kept
@@ -100,7 +102,7 @@ def _made(wanted: Sequence[_Owned]) -> _Kept | None:
     sets = [one.found() for one in wanted]
     by_tensor: dict[str, list[tuple[int, Any]]] = {}
     for slot, found in enumerate(sets):
-        if found is None or not _is_constant(found):
+        if found is None:
             return None
         for module, site in found.sites.items():
             by_tensor.setdefault(site.tensor, []).append((slot, found.adapters[module]))
@@ -122,13 +124,17 @@ def _made(wanted: Sequence[_Owned]) -> _Kept | None:
     return _Kept({one: slot for slot, one in enumerate(wanted)}, stacks)
 
 
-def _is_constant(found: AdapterSet) -> bool:
+def _is_constant(found: AdapterSet | None) -> bool:
     """Whether an adapter can have a slot in each of its layers, and nobody can change its arrays."""
-    return not found.whole and all(
-        adapter.layer.kind == "linear"
-        and why_no_slot(adapter) is None
-        and all(is_constant(array) for array in adapter.params.values())
-        for adapter in found.adapters.values()
+    return (
+        found is not None
+        and not found.whole
+        and all(
+            adapter.layer.kind == "linear"
+            and why_no_slot(adapter) is None
+            and all(is_constant(array) for array in adapter.params.values())
+            for adapter in found.adapters.values()
+        )
     )
 
 

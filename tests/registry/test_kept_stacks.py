@@ -41,12 +41,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: place / name for name in CONFIGS}
 
 
-@pytest.fixture
-def model(folders: dict[str, Path]) -> PeftModel:
+def loaded(folders: dict[str, Path]) -> PeftModel:
     made = PeftModel(base_weights())
     for name, folder in folders.items():
         made.load_adapter(folder, name)
     return made
+
+
+@pytest.fixture
+def model(folders: dict[str, Path]) -> PeftModel:
+    return loaded(folders)
 
 
 def gathered(model: PeftModel, rows: Sequence[str | None], ids: Any = IDS) -> Any:
@@ -68,10 +72,7 @@ ROWS = st.lists(st.sampled_from([None, *CONFIGS]), min_size=6, max_size=6)
 
 @pytest.fixture(scope="module")
 def model_of_all(folders: dict[str, Path]) -> PeftModel:
-    made = PeftModel(base_weights())
-    for name, folder in folders.items():
-        made.load_adapter(folder, name)
-    return made
+    return loaded(folders)
 
 
 @given(batches=st.lists(ROWS, min_size=1, max_size=4))
