@@ -6,10 +6,8 @@ import errno
 import mmap
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import ml_dtypes
@@ -23,23 +21,30 @@ from peftarray.merging import writing
 from peftarray.merging.journal import JOURNAL
 
 KILLS, LAYERS, SHARDS = 20, 10, 5
-# Says when it begins, and waits at its first piece of work if it is told to.
+# Says when it begins; waits at its first piece of work if it is told to, or is killed so many seconds after a piece.
 CHILD = """
-import sys
+import itertools, os, signal, sys, threading, time
 import peftarray as pa
-base, adapter, out, wait = sys.argv[1:]
+base, adapter, out, wait, last, seconds = sys.argv[1:]
+pieces = itertools.count(1)  # two threads count
+
+def kill():
+    time.sleep(float(seconds))
+    os.kill(os.getpid(), signal.SIGKILL)
 
 def progress(count, name):
-    global wait
-    if wait == "wait":
-        wait = ""
+    piece = next(pieces)
+    if wait and piece == 1:
         print("begun", flush=True)
         sys.stdin.readline()
+    if piece == int(last):
+        threading.Thread(target=kill).start() if float(seconds) else kill()
 
 pa.merge, pa.inspect  # everything is imported by now
 import peftarray.merging
 print("ready", flush=True)
 pa.merge(base, adapter, out, threads=2, progress=progress)
+print(next(pieces) - 1)
 """
 
 
@@ -72,9 +77,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def start(inputs: Path, out: Path, *, wait: bool = False) -> subprocess.Popen[str]:
+def start(
+    inputs: Path, out: Path, *, wait: bool = False, kill_after: tuple[int, float] = (0, 0.0)
+) -> subprocess.Popen[str]:
     """The merge in a process of its own, which is about to begin."""
-    command = [sys.executable, "-c", CHILD, inputs / "base", inputs / "adapter", out, "wait" if wait else ""]
+    options = ["wait" if wait else "", *kill_after]
+    command = [sys.executable, "-c", CHILD, inputs / "base", inputs / "adapter", out, *options]
     child = subprocess.Popen(
         [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
     )
@@ -90,20 +98,17 @@ def end(child: subprocess.Popen[str]) -> int:
 
 def test_killed_at_random_moments_and_started_again(inputs, undisturbed, tmp_path):
     before = tree(inputs / "base") | tree(inputs / "adapter")
-    child = start(inputs, tmp_path / "timed")
-    began = time.perf_counter()
-    assert end(child) == 0
-    length = time.perf_counter() - began
-    shutil.rmtree(tmp_path / "timed")
+    child = start(inputs, tmp_path / "counted")
+    pieces = int(child.communicate(timeout=60)[0])
+    assert child.returncode == 0
+    shutil.rmtree(tmp_path / "counted")
     rng = np.random.default_rng(7)
     unfinished, resumed = 0, []
-    # One in each twentieth of the time that it takes.
-    for moment in (np.arange(KILLS) + rng.random(KILLS)) / KILLS:
+    # One in each twentieth of the work: at the end of a piece, or a little later, in the midst of something.
+    for kill in range(KILLS):
         out = tmp_path / "out"
-        child = start(inputs, out)
-        time.sleep(moment * length)
-        child.send_signal(signal.SIGKILL)
-        end(child)
+        last = 1 + int((kill + rng.random()) / KILLS * pieces)
+        end(start(inputs, out, kill_after=(last, kill % 2 * 0.01 * rng.random())))
         finished = out.exists() and not (out / JOURNAL).exists()
         unfinished += not finished
         if not finished:
@@ -111,28 +116,22 @@ def test_killed_at_random_moments_and_started_again(inputs, undisturbed, tmp_pat
             report = pa.merge(inputs / "base", inputs / "adapter", out)
             resumed.append(report.resumed)
             assert len(report.tensors) == 3 * LAYERS
-        assert contents(out) == undisturbed, f"killed after {moment:.3f} of the time"
+        assert contents(out) == undisturbed, f"killed after {last} of {pieces} pieces"
         assert not out.with_name("out.partial").exists()
         shutil.rmtree(out)
     assert tree(inputs / "base") | tree(inputs / "adapter") == before
-    assert unfinished >= KILLS // 2, "the kills came too late to say anything"
+    assert unfinished >= KILLS // 2, "the kills came too late"
     assert any(resumed), "no kill came after the first shard was whole"
 
 
 def test_killed_again_and_again(inputs, undisturbed, tmp_path):
     """Each run gets a little further; the last makes the same bytes."""
-    for moment in (0.05, 0.1, 0.15, 0.2):
-        child = start(inputs, tmp_path / "out")
-        time.sleep(moment)
-        child.send_signal(signal.SIGKILL)
-        end(child)
-        if (tmp_path / "out").exists():
-            break
-    else:
-        pa.merge(inputs / "base", inputs / "adapter", tmp_path / "out")
-    if (tmp_path / "out" / JOURNAL).exists():
-        pa.merge(inputs / "base", inputs / "adapter", tmp_path / "out")
-    assert contents(tmp_path / "out") == undisturbed
+    out = tmp_path / "out"
+    for last in (1, 4, 8, 12):
+        end(start(inputs, out, kill_after=(last, 0.0)))
+        assert not out.exists()
+    pa.merge(inputs / "base", inputs / "adapter", out)
+    assert contents(out) == undisturbed
 
 
 def test_second_merge_into_the_same_place_is_refused(inputs, undisturbed, tmp_path):

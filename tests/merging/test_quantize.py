@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import read_tensors, tree, write_base
+from killing import kill_after_first_shard
 from quantised_bases import config_of, is_linear, original_tensors, quantised_weights, write_inputs
-from refusals import ENVIRONMENT, CommandLine, one_line
+from refusals import CommandLine, one_line
 
 import peftarray as pa
-from peftarray.merging.journal import read_journal
 from peftarray.quant import NormalFloat
 from peftarray.stores.checkpoint import Checkpoint
 
@@ -166,28 +161,11 @@ def test_sizes_of_shards(base, tmp_path):
         np.testing.assert_array_equal(small[name][1], numbers)
 
 
-CHILD = """
-import sys
-import peftarray as pa
-def progress(count, name):
-    print("begun", flush=True)
-    sys.stdin.readline()
-pa.quantize_checkpoint(*sys.argv[1:], threads=1, progress=progress)
-"""
-
-
 def test_killed_in_the_middle_and_started_again(base, tmp_path):
-    pa.quantize_checkpoint(base, tmp_path / "whole")
-    command = [sys.executable, "-c", CHILD, str(base), str(tmp_path / "out")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
-    with subprocess.Popen(command, **pipes) as child:
-        while child.stdout.readline():
-            time.sleep(0.05)
-            if (read_journal(tmp_path / "out.partial") or {"finished": {}})["finished"]:
-                break
-            child.stdin.write("\n")
-            child.stdin.flush()
-        os.kill(child.pid, signal.SIGKILL)
+    pieces = []
+    pa.quantize_checkpoint(base, tmp_path / "whole", threads=1, progress=lambda *piece: pieces.append(piece))
+    call = "pa.quantize_checkpoint(*sys.argv[1:], threads=1, progress=progress)"
+    kill_after_first_shard(call, base, tmp_path / "out", pieces=len(pieces))
     assert not (tmp_path / "out").exists()
     report = pa.quantize_checkpoint(base, tmp_path / "out")
     assert 1 <= report.resumed < 3

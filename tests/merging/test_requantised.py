@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import read_tensors
+from killing import kill_after_first_shard
 from quantised_bases import (
     TOUCHED,
     Inputs,
@@ -24,12 +20,12 @@ from quantised_bases import (
     write_folder,
     write_inputs,
 )
-from refusals import ENVIRONMENT, CommandLine, one_line
+from refusals import CommandLine, one_line
 from test_quantised_bases import CASES, assert_rounded
 
 import peftarray as pa
 from peftarray.merging.encoding import codes_changed
-from peftarray.merging.journal import JOURNAL, read_journal
+from peftarray.merging.journal import JOURNAL
 from peftarray.quant import Int8Rows, Ints, NormalFloat
 from peftarray.quant.layouts import LAYOUTS
 from peftarray.stores.checkpoint import Checkpoint
@@ -241,42 +237,19 @@ def test_codecs_that_only_read(tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
-CHILD = """
-import sys
-import peftarray as pa
-base, adapter, out = sys.argv[1:]
-def progress(count, name):
-    print("begun", flush=True)
-    sys.stdin.readline()
-pa.merge(base, adapter, out, base_as="dequantised", requantise=True, threads=1, progress=progress)
-"""
-
-
 def test_killed_in_the_middle_and_started_again(tmp_path):
     inputs = write_inputs(tmp_path, Int8Rows(), "bitsandbytes", shards=4)
-    out, how = tmp_path / "out", {"requantise": True, "allow_lost_updates": True} | DEQUANTISED
-    pa.merge(inputs.base, inputs.adapter, tmp_path / "whole", **how)
-    command = [sys.executable, "-c", CHILD, inputs.base, inputs.adapter, out]
-    with subprocess.Popen(
-        list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
-    ) as child:
-        while child.stdout.readline() and not finished(tmp_path / "out.partial"):
-            child.stdin.write("\n")
-            child.stdin.flush()
-        os.kill(child.pid, signal.SIGKILL)
+    out, how, pieces = tmp_path / "out", {"requantise": True, "allow_lost_updates": True} | DEQUANTISED, []
+    count = {"threads": 1, "progress": lambda *piece: pieces.append(piece)}
+    pa.merge(inputs.base, inputs.adapter, tmp_path / "whole", **how, **count)
+    call = 'pa.merge(*sys.argv[1:], base_as="dequantised", requantise=True, threads=1, progress=progress)'
+    kill_after_first_shard(call, inputs.base, inputs.adapter, out, pieces=len(pieces))
     assert not out.exists()
     assert (tmp_path / "out.partial" / JOURNAL).is_file()
     report = pa.merge(inputs.base, inputs.adapter, out, **how)
     assert 1 <= report.resumed < 4
     assert contents(out) == contents(tmp_path / "whole")
     assert sorted(tensor.name for tensor in report.tensors) == sorted(TOUCHED)
-
-
-def finished(folder) -> dict:
-    """The shards that a journal says are done, once the thread that waits for the disk has said so."""
-    time.sleep(0.05)
-    kept = read_journal(folder)
-    return kept["finished"] if kept else {}
 
 
 def contents(folder) -> dict[str, bytes]:
