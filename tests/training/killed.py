@@ -1,4 +1,6 @@
-"""A training in a process of its own, to be killed: `python killed.py LIBRARY CHECKPOINTS OUT [SECONDS A STEP]`."""
+"""A training in a process of its own, to be killed: `python killed.py LIBRARY CHECKPOINTS OUT [SECONDS LAST]`.
+
+It takes so many seconds for a step, and goes no further than the last, however late the signal is."""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ from peftarray.backend import load_backend
 from peftarray.training import AdamW, Batches, cosine, early_stopping, fit, lora_plus
 
 
-def train(library, checkpoints, out, pause=0.0):
+def paced(seconds, last):
+    """A callback that makes steps slow, and waits for its end once the last one is done."""
+    return lambda progress: time.sleep(seconds if progress.step < last else 600)
+
+
+def train(library, checkpoints, out, seconds=0.0, last=float("inf")):
     backend = load_backend(library)
     x, y = digits.images()
     batches = Batches(digits.moved(backend.from_host, {"x": x[:400], "y": y[:400]}), 48, seed=1)
@@ -30,7 +37,7 @@ def train(library, checkpoints, out, pause=0.0):
         accumulate=2,
         clip_norm=1.0,
         seed=2,
-        callbacks=[lambda _: time.sleep(pause), early_stopping(patience=4)],
+        callbacks=[paced(seconds, last), early_stopping(patience=4)],
         eval_batches=held_out,
         checkpoint_dir=checkpoints,
         checkpoint_every=1,

@@ -39,9 +39,9 @@ def test_a_killed_training_makes_the_same_bytes(library, kills, tmp_path):
     pytest.importorskip(library)
     assert start(library, tmp_path / "one", tmp_path / "whole.npz").wait() == 0
     draw = random.Random(library)
-    for _ in range(kills):
+    for kill in range(kills):
         before = steps_in(tmp_path / "two")
-        running = start(library, tmp_path / "two", tmp_path / "parts.npz", 0.03)
+        running = start(library, tmp_path / "two", tmp_path / "parts.npz", 0.03, 3 * (kill + 1))
         while steps_in(tmp_path / "two") == before:
             assert running.poll() is None, "it ended by itself"
             time.sleep(0.003)
