@@ -28,7 +28,7 @@ __all__ = [
     "tiles",
 ]
 
-_TILE = 1 << 16
+_TILE = 1 << 19  # smaller ones stay in a nearer cache, but threads then wait for the interpreter's lock
 _SMALLEST = 2.9388e-39  # whose reciprocal is still finite in float32
 _LANES = 8  # of the vectors that torch adds, four of them at a time
 _DYNAMIC_BYTES = ByteTable(DYNAMIC.values[:, None])
@@ -107,16 +107,21 @@ def scaled(values: Array, scales: Array, block: int, *, out: np.ndarray | None =
     return xp.reshape(product, (-1,))[: values.shape[0]]
 
 
-def expand_scaled(table: ByteTable, codes: Array, scales: Array, block: int, count: int) -> Array:
-    """The first `count` numbers of bytes `(n,)`, each block times its scale: float32."""
+def expand_scaled(
+    table: ByteTable, codes: Array, scales: Array, block: int, count: int, *, out: np.ndarray | None = None
+) -> Array:
+    """The first `count` numbers of bytes `(n,)`, each block times its scale: float32; with NumPy also into `out`."""
     if not isinstance(codes, np.ndarray):
         return scaled(table.expand(codes)[:count], scales, block)
-    result = np.empty(count, np.float32)
-    width = table.width
+    result = np.empty(count, np.float32) if out is None else out
+    width, held = table.width, np.empty(0, np.float32)
     for tile in tiles(count, math.lcm(block, width), most=_TILE):
-        some = result[tile]  # scaled while it lies in the cache
+        # Expanded in memory that stays in the cache: a lookup holds the interpreter's lock, which is no time to wait
+        # for new memory; a product does not.
+        held = held if held.size else np.empty(tile.stop, np.float32)
+        some = held[: tile.stop - tile.start]
         table.expand_into(codes[tile.start // width : -(-tile.stop // width)], some)
-        scaled(some, scales[tile.start // block : block_count(tile.stop, block)], block, out=some)
+        scaled(some, scales[tile.start // block : block_count(tile.stop, block)], block, out=result[tile])
     return result
 
 
@@ -168,10 +173,15 @@ def quantize_dynamic(values: Array, block: int) -> tuple[Array, Array]:
     return codes, absmax
 
 
-def dequantize_dynamic(codes: Array, absmax: Array, block: int, values: Array | None = None) -> Array:
-    """`(n,)` codes of eight bits as numbers; `values` are the 256 that a file brings, bitsandbytes' if None."""
+def dequantize_dynamic(
+    codes: Array, absmax: Array, block: int, values: Array | None = None, *, out: np.ndarray | None = None
+) -> Array:
+    """`(n,)` codes of eight bits as numbers; `values` are the 256 that a file brings, bitsandbytes' if None.
+
+    The latter, with NumPy, also into `out`.
+    """
     if values is None:
-        return expand_scaled(_DYNAMIC_BYTES, codes, absmax, block, codes.shape[0])
+        return expand_scaled(_DYNAMIC_BYTES, codes, absmax, block, codes.shape[0], out=out)
     xp = namespace(codes)
     return scaled(xp.take(xp.astype(values, xp.float32), xp.astype(codes, xp.int32), axis=0), absmax, block)
 

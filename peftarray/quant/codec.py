@@ -18,8 +18,8 @@ from peftarray.errors import ShapeError
 
 __all__ = ["Codec", "Part", "entries", "row_size"]
 
-# Smaller tiles make the threads wait for each other more than they decode.
-_TILE = 1 << 19
+# Of what a thread decodes at a time: if it is small, threads wait for each other more than they decode.
+_LEAST, _MOST = 1 << 19, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ class Codec(abc.ABC):
     def decode(self, parts: Params, shape: tuple[int, ...], begin: int, end: int) -> Array:
         """The rows from `begin` to `end` in float32, one at least, of parts that fit; callers use `dequantize`."""
 
+    def decode_into(self, parts: Params, shape: tuple[int, ...], begin: int, end: int, out: np.ndarray) -> None:
+        """The same of NumPy's parts, into memory that is there: for codecs that can write there at once."""
+        out[...] = self.decode(parts, shape, begin, end)
+
     @final
     def quantize(self, weight: Array) -> dict[str, Array]:
         """A weight's parts, in the library and on the device of the weight.
@@ -114,7 +118,7 @@ class Codec(abc.ABC):
             first = next(iter(parts.values()))
             xp = namespace(first)
             return xp.zeros((end - begin, *shape[1:]), dtype=xp.float32, device=device(first))
-        if threads > 1 and all(isinstance(part, np.ndarray) for part in parts.values()):
+        if threads > 1 and all(isinstance(part, (np.ndarray, np.generic)) for part in parts.values()):
             return self._decode_in_threads(parts, shape, begin, end, threads)
         return self.decode(parts, shape, begin, end)
 
@@ -123,11 +127,12 @@ class Codec(abc.ABC):
     ) -> np.ndarray:
         whole = np.empty((end - begin, *shape[1:]), np.float32)
         step = self.row_step(shape)
-        step *= max(1, _TILE // (row_size(shape) * step))
+        tile = min(max(whole.size // (2 * threads), _LEAST), _MOST)
+        step *= max(1, tile // (row_size(shape) * step))
 
         def fill(place: int) -> None:
             first, last = max(begin, place), min(place + step, end)
-            whole[first - begin : last - begin] = self.decode(parts, shape, first, last)
+            self.decode_into(parts, shape, first, last, whole[first - begin : last - begin])
 
         with ThreadPoolExecutor(threads, "decode") as pool:
             # Tiles begin where the codec's own do.

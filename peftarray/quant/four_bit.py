@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+import numpy as np
+
 from peftarray.arrays import Array, Params, device, namespace
 from peftarray.quant.blocks import (
     absmax_of,
@@ -17,11 +19,11 @@ from peftarray.quant.blocks import (
     mean_in_order,
     quantize_dynamic,
     reciprocals,
-    rows_between_blocks,
     scaled,
 )
 from peftarray.quant.codebooks import DYNAMIC, FP4, NF4, Codebook
-from peftarray.quant.codec import Codec, Part, entries, row_size
+from peftarray.quant.codec import Part, entries
+from peftarray.quant.flat import FlatCodec
 from peftarray.quant.lookup import count_above, host_table
 from peftarray.settings import boolean, check_settings, setting, whole
 
@@ -31,7 +33,7 @@ _SMALLEST = 1e-38  # scale that bitsandbytes divides by
 
 
 @dataclass(frozen=True)
-class FourBit(Codec):
+class FourBit(FlatCodec):
     """Codes of four bits, a scale for every `block` numbers of the flat weight.
 
     Formula: `w[i] = values[code[i]] * absmax[i // block]`, where `absmax[b]` is stored in float32, or with `double` as
@@ -65,11 +67,12 @@ class FourBit(Codec):
             found["nested_offset"] = Part((), "F32")
         return found
 
-    def row_step(self, shape: tuple[int, ...]) -> int:
-        return rows_between_blocks(shape, math.lcm(self.block, 2))
+    @property
+    def step(self) -> int:
+        return math.lcm(self.block, 2)
 
     def encode(self, weight: Array) -> dict[str, Array]:
-        codes, absmax = map_blocks(flat(weight), math.lcm(self.block, 2), self._codes)
+        codes, absmax = map_blocks(flat(weight), self.step, self._codes)
         if not self.double:
             return {"codes": codes, "absmax": absmax}
         xp = namespace(absmax)
@@ -103,16 +106,10 @@ class FourBit(Codec):
             packed = xp.take(host_table(self.book.packed_order, packed), xp.astype(packed, xp.int32), axis=0)
         return packed, absmax
 
-    def decode(self, parts: Params, shape: tuple[int, ...], begin: int, end: int) -> Array:
-        xp = namespace(parts["codes"])
-        size, count = row_size(shape), entries(shape)
-        step = math.lcm(self.block, 2)
-        first = begin * size // step * step
-        last = min(-(-end * size // step) * step, count)
-        codes = parts["codes"][first // 2 : -(-last // 2)]
-        absmax = self._absmax(parts, first // self.block, block_count(last, self.block))
-        numbers = expand_scaled(self.book.pairs, codes, absmax, self.block, last - first)
-        return xp.reshape(numbers[begin * size - first : end * size - first], (end - begin, *shape[1:]))
+    def expand(self, parts: Params, held: slice, out: np.ndarray | None = None) -> Array:
+        codes = parts["codes"][held.start // 2 : -(-held.stop // 2)]
+        absmax = self._absmax(parts, held.start // self.block, block_count(held.stop, self.block))
+        return expand_scaled(self.book.pairs, codes, absmax, self.block, held.stop - held.start, out=out)
 
     def _absmax(self, parts: Params, first: int, last: int) -> Array:
         """The scales of the blocks from `first` to `last`."""

@@ -15,10 +15,10 @@ from peftarray.quant.blocks import (
     flat,
     map_blocks,
     quantize_dynamic,
-    rows_between_blocks,
     tiles,
 )
 from peftarray.quant.codec import Codec, Part, entries, row_size
+from peftarray.quant.flat import FlatCodec
 from peftarray.quant.lookup import CACHED
 from peftarray.settings import check_settings, setting, whole
 
@@ -80,7 +80,7 @@ class Int8Rows(Codec):
 
 @final
 @dataclass(frozen=True)
-class Int8Blocks(Codec):
+class Int8Blocks(FlatCodec):
     """bitsandbytes' dynamic code of eight bits, a scale for every `block` numbers of the flat weight.
 
     Formula: `w[i] = dynamic[codes[i]] * absmax[i // block]`.
@@ -104,17 +104,14 @@ class Int8Blocks(Codec):
     def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
         return {"codes": Part(shape, "U8"), "absmax": Part((block_count(entries(shape), self.block),), "F32")}
 
-    def row_step(self, shape: tuple[int, ...]) -> int:
-        return rows_between_blocks(shape, self.block)
+    @property
+    def step(self) -> int:
+        return self.block
 
     def encode(self, weight: Array) -> dict[str, Array]:
         codes, absmax = quantize_dynamic(flat(weight), self.block)
         return {"codes": namespace(codes).reshape(codes, weight.shape), "absmax": absmax}
 
-    def decode(self, parts: Params, shape: tuple[int, ...], begin: int, end: int) -> Array:
-        size, count = row_size(shape), entries(shape)
-        first = begin * size // self.block * self.block
-        last = min(block_count(end * size, self.block) * self.block, count)
-        absmax = parts["absmax"][first // self.block : block_count(last, self.block)]
-        values = dequantize_dynamic(flat(parts["codes"])[first:last], absmax, self.block)
-        return namespace(values).reshape(values[begin * size - first : end * size - first], (end - begin, *shape[1:]))
+    def expand(self, parts: Params, held: slice, out: np.ndarray | None = None) -> Array:
+        absmax = parts["absmax"][held.start // self.block : block_count(held.stop, self.block)]
+        return dequantize_dynamic(flat(parts["codes"])[held], absmax, self.block, out=out)

@@ -52,9 +52,9 @@ def test_rows_are_a_slice_of_the_whole(how, shape, error):
 
 
 @pytest.mark.parametrize(("how", "shape", "error"), [*CASES, *HOST])
-@pytest.mark.parametrize("tile", [1, 1 << 19])
-def test_threads_change_no_bit(how, shape, error, tile, monkeypatch):
-    monkeypatch.setattr(sys.modules["peftarray.quant.codec"], "_TILE", tile)
+@pytest.mark.parametrize("least", [1, 1 << 19])
+def test_threads_change_no_bit(how, shape, error, least, monkeypatch):
+    monkeypatch.setattr(sys.modules["peftarray.quant.codec"], "_LEAST", least)
     parts = how.quantize(normal(shape))
     whole = how.dequantize(parts, shape)
     for rows in ((0, shape[0]), (shape[0] // 3, shape[0] - 1)):
