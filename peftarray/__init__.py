@@ -73,7 +73,6 @@ if TYPE_CHECKING:
     from peftarray.quant import codec as codec
     from peftarray.quant import quantize_array as quantize_array
     from peftarray.quantised_start import loftq as loftq
-    from peftarray.quantised_start import merge_zero_points as merge_zero_points
     from peftarray.quantised_weight import QuantisedWeight as QuantisedWeight
     from peftarray.quantising import quantize as quantize
     from peftarray.training import SGD as SGD
@@ -102,6 +101,7 @@ if TYPE_CHECKING:
     from peftarray.training import one_cycle as one_cycle
     from peftarray.training import orthogonality_penalty as orthogonality_penalty
     from peftarray.training import polynomial as polynomial
+    from peftarray.zero_points import merge_zero_points as merge_zero_points
 
 __version__ = "0.1.0"
 
@@ -125,11 +125,12 @@ _HOMES = {
     " PromptEncoderConfig PromptTuningConfig",
     "quant": "Codec codec quantize_array",
     "quantised_weight": "QuantisedWeight",
-    "quantised_start": "loftq merge_zero_points",
+    "quantised_start": "loftq",
     "quantising": "quantize",
     "training": "SGD Adafactor AdaLoraBudget AdamW Batches Group History Lion LossScale Moment Precision Schedule"
     " Trainable clip_by_norm clip_by_value constant cosine cosine_with_restarts early_stopping fit"
     " inverse_sqrt linear lora_plus one_cycle orthogonality_penalty polynomial",
+    "zero_points": "merge_zero_points",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 # Used as `pa.models.load`.

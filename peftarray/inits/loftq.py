@@ -15,7 +15,7 @@ from peftarray.quant.codec import Codec
 from peftarray.quant.four_bit import NormalFloat
 from peftarray.quant.int8 import Int8Rows
 
-__all__ = ["codec_of_bits", "loftq_factors", "settings_of"]
+__all__ = ["codec_of_bits", "loftq_factors", "lost_factors", "settings_of"]
 
 _CODECS: dict[int, Codec] = {4: NormalFloat(double=False), 8: Int8Rows()}
 
@@ -69,10 +69,7 @@ def loftq_factors(
         >>> bool(np.linalg.norm(base + up @ down - weight) < np.linalg.norm(base - weight))
         True
     """
-    shape = tuple(weight.shape)
-    if len(shape) != 2 or not 1 <= rank <= min(shape):
-        message = f"LoftQ of rank {rank} on a weight of shape {shape}; the rank must be from 1 to its smaller side"
-        raise ShapeError(message)
+    shape = _checked(weight, rank)
     xp = namespace(weight)
     wide: Array = xp.astype(weight, xp.float32)
     rest, parts = wide, {}
@@ -82,6 +79,31 @@ def loftq_factors(
         up, down = _best(_turned(wide - codec.dequantize(parts, shape), transposed), rank)
         rest = wide - _turned(up @ down, transposed)
     return parts, up, down
+
+
+def lost_factors(weight: Array, base: Array, rank: int, *, transposed: bool = False) -> tuple[Array, Array]:
+    """`up (out, r)` and `down (r, in)`, such that `base + up @ down` is closest to the weight.
+
+    Args:
+        weight: `(out, in)`, or `(in, out)` if `transposed`.
+        base: what is left of it, in the same shape.
+        rank: of the factors.
+        transposed: how both are stored.
+
+    Raises:
+        ShapeError: the rank is more than the weight has.
+    """
+    _checked(weight, rank)
+    xp = namespace(weight)
+    return _best(_turned(xp.astype(weight, xp.float32) - base, transposed), rank)
+
+
+def _checked(weight: Array, rank: int) -> tuple[int, ...]:
+    shape = tuple(weight.shape)
+    if len(shape) != 2 or not 1 <= rank <= min(shape):
+        message = f"LoftQ of rank {rank} on a weight of shape {shape}; the rank must be from 1 to its smaller side"
+        raise ShapeError(message)
+    return shape
 
 
 def _turned(matrix: Array, transposed: bool) -> Array:

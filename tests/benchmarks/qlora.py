@@ -5,10 +5,10 @@
 
 Every contender runs in a process of its own, one after the other. All train LoRA (r = 8, alpha = 16) on every linear
 layer of the same numbers, those of the bfloat16 checkpoint, computed in float32, by the same batches of Python's
-reference (`pydoc_data`); the loss is then that of rows that none has seen. "NF4" quantises linear layers; "mixed" the
-embedding as well, which is SmolLM2's head, to packed integers of 6 bits, and takes 8 bits for values and the last two
-blocks' down projections. Memory is the most that the process held: after the
-weights were loaded, beyond what it held before, and in its whole life.
+reference (`pydoc_data`); the loss is then that of rows that none has seen. "NF4" quantises linear layers. "mixed" does
+so with the embedding as well, which is SmolLM2's head: to packed integers of 6 bits, as it does with keys, values and
+two of the 30 down projections, while two others get 8 bits; and its LoRA starts from what all this lost (LoftQ). Memory
+is the most that the process held: after the weights were loaded, beyond what it held before, and in its whole life.
 """
 
 from __future__ import annotations
@@ -28,9 +28,13 @@ import numpy as np
 from peftarray.quant import Ints
 
 RATE = 1e-3
-# Values, and what comes out of the last blocks, suffer most of four bits.
-MORE = {"v_proj": "int8", "layers.28.mlp.down_proj": "int8", "layers.29.mlp.down_proj": "int8"}
-SMALL = {"quantize": "nf4", "embeddings": Ints(bits=6, group=64), "codecs": MORE}
+SIX = Ints(bits=6, group=96)
+# Keys, values and what comes out of some blocks suffer most of four bits.
+MORE = {
+    **dict.fromkeys(("k_proj", "v_proj", "layers.9.mlp.down_proj", "layers.28.mlp.down_proj"), SIX),
+    **dict.fromkeys(("layers.11.mlp.down_proj", "layers.29.mlp.down_proj"), "int8"),
+}
+SMALL = {"quantize": "nf4", "embeddings": SIX, "codecs": MORE}
 # name -> backend, and how the model is loaded.
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA, NumPy": ("numpy", {}),
@@ -75,7 +79,8 @@ def contend(name: str, options: argparse.Namespace) -> dict[str, Any]:
     loaded = status("VmHWM") - before
     weights = sum(array.nbytes for array in base.weights.values())
     numbers = sum(int(np.prod(array.shape)) for array in base.weights.values())
-    model = pa.get_peft_model(base, pa.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    config = pa.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    model = pa.loftq(base, config, originals=options.folder) if how == SMALL else pa.get_peft_model(base, config)
     loss = pa.models.causal_loss(base)
     keep_freed_memory()
     batches = [{"input_ids": seen[i * count : (i + 1) * count]} for i in range(len(seen) // count)]

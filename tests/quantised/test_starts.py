@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 import peftarray as pa
 from peftarray.inits.loftq import codec_of_bits, loftq_factors
@@ -80,6 +82,40 @@ def test_a_model_starts_from_loftq(alpha, asarray, to_numpy, tmp_path):
     again = pa.PeftModel.from_pretrained(model.base, tmp_path)
     assert again.peft_config["default"].init_lora_weights is True
     np.testing.assert_array_equal(to_numpy(again.effective_weights()["up.weight"]), to_numpy(formed))
+
+
+@pytest.mark.parametrize("codec", ["nf4", "int8", "mlx"])
+def test_a_quantised_model_starts_from_what_it_lost(codec, asarray, to_numpy, tmp_path):
+    """It stays as it is, and base and update are as close to the weight as LoftQ's first turn gets."""
+    values = {"up.weight": normal(64, 32), "down.weight": normal(32, 64, seed=1), "norm.weight": normal(32, seed=2)}
+    weights = {name: asarray(array) for name, array in values.items()}
+    base = pa.quantize(weights, codec, **({"group": 32} if codec == "mlx" else {}))
+    save_file(values, tmp_path / "model.safetensors")
+    config = pa.LoraConfig(r=4, lora_alpha=16, target_modules=["up"])
+    formed = [
+        pa.loftq(base, config, originals=originals).effective_weights()["up.weight"]
+        for originals in (weights, values, tmp_path)
+    ]
+    lost = values["up.weight"] - to_numpy(base["up.weight"].dense())
+    least = np.sqrt((np.linalg.svd(lost, compute_uv=False)[4:] ** 2).sum())
+    for found in map(to_numpy, formed):
+        np.testing.assert_allclose(np.linalg.norm(found - values["up.weight"]), least, rtol=1e-4)
+
+
+def test_what_cannot_be_the_originals(tmp_path):
+    weights = {"up.weight": normal(64, 32), "down.weight": normal(32, 64, seed=1)}
+    base = pa.quantize(weights, "nf4", skip=["down"])
+    config = pa.LoraConfig(r=4, target_modules=["up"])
+    for originals, changes, error, words in (
+        ({"upp.weight": weights["up.weight"]}, {}, pa.MatchError, r"no up\.weight.*upp\.weight"),
+        ({"up.weight": weights["down.weight"]}, {}, pa.ShapeError, r"\(32, 64\); the base has \(64, 32\)"),
+        (tmp_path / "none", {}, pa.FormatError, "does not exist"),
+        (weights, {"loftq_config": {"loftq_iter": 2}}, pa.ConfigError, "leave both out"),
+        (weights, {"target_modules": ["down"]}, pa.ConfigError, "none of the 1 targets is quantised"),
+        (weights, {"r": 40}, pa.ShapeError, "smaller side"),
+    ):
+        with pytest.raises(error, match=words):
+            pa.loftq(base, replace(config, **changes), originals=originals)
 
 
 def test_what_loftq_refuses():
