@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peftarray.backends.torch_forwarding import Forwarding
+from peftarray.backends.torch_fused import fused_output
 from peftarray.backends.torch_kept import KeptFactors
 from peftarray.backends.torch_kinds import Way, is_packed, way_of, ways
 from peftarray.backends.torch_rows import Rows
@@ -222,6 +223,9 @@ class AdaptedLayer(Forwarding):
         adapter, way = self._composed(names, scales), ways(self._ways, names)
         drop = functional.dropout if self.training and adapter.drops() else None
         if way == "apart":
+            fused = fused_output(base, adapter, x) if drop is None else None
+            if fused is not None:
+                return fused
             y = base(x, *arguments, **options)
             bias = base.bias if "bias" in adapter.touches() else None
             return _plus(y, adapter.added(_widened(x), bias=bias, drop=drop))

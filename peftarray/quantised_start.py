@@ -17,6 +17,7 @@ from peftarray.errors import ConfigError, MatchError, ShapeError, UnsupportedErr
 from peftarray.inits.loftq import codec_of_bits, loftq_factors, lost_factors, settings_of
 from peftarray.methods import LoraConfig
 from peftarray.model import PeftModel, get_peft_model
+from peftarray.model.adapter_sets import AdapterSet
 from peftarray.model.bases import model_type_of, weights_of
 from peftarray.quant import Codec
 from peftarray.quantised_weight import QuantisedWeight, quantised_weight
@@ -93,6 +94,7 @@ def _quantised_and_started(started: PeftModel, codec: Codec, iterations: int, sk
     chosen = Choice(codec, skip=skip).among(shapes, model_type_of(model))
     (name,) = started.active_adapters
     found = started.get_adapter(name)
+    assert isinstance(found, AdapterSet)  # as LoRA is
     adapters = dict(found.adapters)
     for module, adapter in found.adapters.items():
         tensor = found.sites[module].tensor
@@ -116,6 +118,7 @@ def _started_beside(started: PeftModel, read: Callable[[str, tuple[int, ...]], A
     arrays = dict(trees.named(weights_of(started.base)))
     (name,) = started.active_adapters
     found = started.get_adapter(name)
+    assert isinstance(found, AdapterSet)  # as LoRA is
     made = {}
     for module, adapter in found.adapters.items():
         tensor = found.sites[module].tensor
