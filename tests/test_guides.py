@@ -14,7 +14,7 @@ BLOCKS = {
     "many-adapters": 8,
     "models": 4,
     "prompts": 3,
-    "quantisation": 6,
+    "quantisation": 7,
     "training": 5,
     "whole-models": 9,
 }
