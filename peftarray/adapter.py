@@ -134,11 +134,12 @@ class Adapter:
             message = f"{self.layer.name}: the weight cannot be written into; use merge, which makes a new array"
             raise UnsupportedError(message)
         weight = stop_gradient(weight)
-        still = dataclasses.replace(self, params={name: stop_gradient(array) for name, array in self.params.items()})
+        params = {name: stop_gradient(array) for name, array in self.params.items()}
         if is_short(weight) or self.layer.kernel:  # whose matrix need not share its memory
-            weight[...] = still.merge(weight)
+            weight[...] = dataclasses.replace(self, params=params).merge(weight)
         else:
-            self.config.weight_into(still.prepared, self.layer.view(weight), self.layer)
+            prepared = self.config.prepare({name: _widened(array) for name, array in params.items()}, self.layer)
+            self.config.weight_into(prepared, self.layer.view(weight), self.layer)
 
     def change(self, weight: Array) -> Array:
         """What `merge` adds to the weight, in float32 at least and as the model stores it."""
@@ -225,5 +226,7 @@ def over_channels(bias: Array, layer: Layer) -> Array:
 
 def _widened(array: Array) -> Array:
     """The same numbers in float32 where they are stored in a shorter floating dtype."""
+    if not is_short(array):
+        return array
     xp = namespace(array)
-    return xp.astype(array, xp.float32) if is_short(array) else array
+    return xp.astype(array, xp.float32)

@@ -30,6 +30,7 @@ __all__ = [
     "is_writable",
     "multiplies_short",
     "namespace",
+    "passing_product",
     "register_branch",
     "row_blocks",
     "row_norms",
@@ -49,9 +50,7 @@ Params = Mapping[str, Array]
 _SMALL_PRODUCT = 1_000_000
 _SMALL_RANK = 16
 _FEW_ROWS = 64
-# Rows of a matrix that lie whole pages apart fall on the same lines of the cache; products write so many at a time.
-_PAGE = 4096
-_FEW_LINES = 16
+_PAGE, _LINE = 4096, 64
 # So many numbers, and a few arrays as large, stay in a core's cache.
 _CACHED = 1 << 16
 # type -> (rank, namespace). A plain dict filled on a miss: a look-up takes 0.1 us, and compilers can trace it.
@@ -190,7 +189,7 @@ def stop_gradient(array: Array) -> Array:
         return array
     home = namespace(array).__name__  # by the table: torch's compiler traces it, and not the shim's cached tests
     if home == "array_api_compat.torch":
-        return array.detach()
+        return array.detach() if array.requires_grad else array
     if home == "jax.numpy":
         import jax
 
@@ -219,12 +218,8 @@ def thin_product(up: Array, down: Array) -> Array:
     """`up @ down` of thin factors `(n, r)` and `(r, m)`.
 
     NumPy's BLAS multiplies small matrices without packing them first, in about half the time for r = 16; so its product
-    is made in blocks of rows that count as small. torch's on the CPU is made in stacks of a few rows where those of the
-    product lie whole pages apart, as 1024 numbers of float32 do.
+    is made in blocks of rows that count as small.
     """
-    if _gains_by_stacks(up, down):
-        stacks = up.shape[0] // _FEW_LINES
-        return (up.reshape(stacks, _FEW_LINES, -1) @ down.expand(stacks, -1, -1)).reshape(up.shape[0], -1)
     if not (isinstance(up, np.ndarray) and isinstance(down, np.ndarray) and up.ndim == down.ndim == 2):
         return up @ down
     rows, rank = up.shape
@@ -238,6 +233,21 @@ def thin_product(up: Array, down: Array) -> Array:
     np.matmul(up[:whole].reshape(stacks, block, rank), down, out=product[:whole].reshape(stacks, block, columns))
     np.matmul(up[whole:], down, out=product[whole:])
     return product
+
+
+def passing_product(up: Array, down: Array) -> Array:
+    """`thin_product` for one who reads it once: its rows need not lie side by side.
+
+    Where torch's on the CPU would lie whole pages apart, as 1024 numbers of float32 do, all that a thin product writes
+    at a time falls on the same lines of the cache; a few columns more keep it off them.
+    """
+    if isinstance(up, np.ndarray) or up.ndim != 2 or not _is_fused(up, down) or up.device.type != "cpu":
+        return thin_product(up, down)
+    rank, columns = down.shape
+    if columns * up.dtype.itemsize % _PAGE or rank > _SMALL_RANK:
+        return up @ down
+    spare = _LINE // up.dtype.itemsize
+    return (up @ namespace(down).concat([down, down[:, :spare]], axis=1))[:, :columns]
 
 
 def weight_product(x: Array, weight: Array) -> Array:
@@ -285,17 +295,17 @@ def add_product(base: Array, left: Array, right: Array) -> Array:
 
 def _is_fused(base: Array, *others: Array) -> bool:
     """Whether all are torch's, of one dtype."""
-    if isinstance(base, np.ndarray):
+    if isinstance(base, np.ndarray) or not _is_torch(base):
         return False
-    return all(_shim().is_torch_array(array) and array.dtype == base.dtype for array in (base, *others))
+    for other in others:  # a loop, since a generator takes longer than a small product's launch
+        if isinstance(other, np.ndarray) or not _is_torch(other) or other.dtype != base.dtype:
+            return False
+    return True
 
 
-def _gains_by_stacks(up: Array, down: Array) -> bool:
-    if isinstance(up, np.ndarray) or not _is_fused(up, down) or up.ndim != 2 or up.device.type != "cpu":
-        return False
-    rows, rank = up.shape
-    far = down.shape[1] * up.dtype.itemsize % _PAGE == 0
-    return far and rank <= _FEW_LINES // 2 and rows % _FEW_LINES == 0 and not (up.requires_grad or down.requires_grad)
+def _is_torch(array: Array) -> bool:
+    name: str = namespace(array).__name__
+    return name == "array_api_compat.torch"
 
 
 def by_rows(make: Callable[[slice], Array], like: Array) -> Array:

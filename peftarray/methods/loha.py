@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peftarray import random
-from peftarray.arrays import Array, Params, add_product, add_product_into, by_rows, namespace, row_blocks, thin_product
+from peftarray.arrays import (
+    Array,
+    Params,
+    add_product,
+    add_product_into,
+    by_rows,
+    namespace,
+    passing_product,
+    row_blocks,
+)
 from peftarray.layers import Kind, Layer, contract, pays, through, tucker_factor
 from peftarray.method import Param
 from peftarray.method_dropout import Dropout
@@ -81,19 +90,19 @@ class LoHaConfig(Additive):
         return {"up1": up1 * self.scale, "down1": down1, "up2": up2, "down2": down2}
 
     def delta(self, p: Params, layer: Layer) -> Array:
-        return thin_product(p["up1"], p["down1"]) * thin_product(p["up2"], p["down2"])
+        return passing_product(p["up1"], p["down1"]) * passing_product(p["up2"], p["down2"])
 
     def weight(self, p: Params, w: Array, layer: Layer) -> Array:
         def make(rows: slice) -> Array:
-            first = thin_product(p["up1"][rows, ...], p["down1"])
-            return add_product(w[rows, ...], first, thin_product(p["up2"][rows, ...], p["down2"]))
+            first = passing_product(p["up1"][rows, ...], p["down1"])
+            return add_product(w[rows, ...], first, passing_product(p["up2"][rows, ...], p["down2"]))
 
         return by_rows(make, w)
 
     def weight_into(self, p: Params, w: Array, layer: Layer) -> None:
         for rows in row_blocks(w):
-            first = thin_product(p["up1"][rows, ...], p["down1"])
-            add_product_into(w[rows, ...], first, thin_product(p["up2"][rows, ...], p["down2"]))
+            first = passing_product(p["up1"][rows, ...], p["down1"])
+            add_product_into(w[rows, ...], first, passing_product(p["up2"][rows, ...], p["down2"]))
 
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         if self._is_thin(p, layer):

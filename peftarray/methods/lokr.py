@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
+
 from peftarray import random
-from peftarray.arrays import Array, Params, add_product, namespace, thin_product
+from peftarray.arrays import Array, Params, add_product, add_product_into, namespace, thin_product
 from peftarray.layers import Kind, Layer, contract, pays, through, tucker_factor
 from peftarray.method import Param
 from peftarray.method_dropout import Dropout
@@ -118,9 +120,16 @@ class LoKrConfig(Additive):
 
     def weight(self, p: Params, w: Array, layer: Layer) -> Array:
         outer, inner = _blocks(p)
-        xp = namespace(w, outer)
-        shape = tuple(map(operator.mul, outer.shape, inner.shape))  # along each axis one of them is 1
-        return xp.reshape(add_product(xp.reshape(w, shape), outer, inner), w.shape)
+        return namespace(w, outer).reshape(add_product(_in_blocks(w, outer, inner), outer, inner), w.shape)
+
+    def weight_into(self, p: Params, w: Array, layer: Layer) -> None:
+        outer, inner = _blocks(p)
+        blocks = _in_blocks(w, outer, inner)  # the same memory, since each axis is only split
+        if isinstance(w, np.ndarray):  # a row of blocks stays in the cache
+            for row, gains in zip(blocks, outer, strict=True):
+                row += gains * inner[0]
+        else:
+            add_product_into(blocks, outer, inner)
 
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         if self._is_cheap(p, layer):
@@ -205,6 +214,11 @@ def _blocks(p: Params) -> tuple[Array, Array]:
     """Both factors with axes for (row block, row, column block, column, kernel), whose product is the update."""
     inner = p["inner"] if "inner" in p else thin_product(p["inner_up"], p["inner_down"])
     return p["outer"][:, None, :, None, :], inner[None, :, None, :, None]
+
+
+def _in_blocks(w: Array, outer: Array, inner: Array) -> Array:
+    """The weight with the axes of the update, along each of which one of the factors is 1."""
+    return namespace(w, outer).reshape(w, tuple(map(operator.mul, outer.shape, inner.shape)))
 
 
 def _through_inner(p: Params, x: Array, block: Layer) -> Array:
