@@ -30,11 +30,11 @@ __all__ = [
     "is_writable",
     "multiplies_short",
     "namespace",
-    "passing_product",
     "register_branch",
     "row_blocks",
     "row_norms",
     "sealed",
+    "spaced",
     "stop_gradient",
     "thin_product",
     "to_host",
@@ -189,7 +189,7 @@ def stop_gradient(array: Array) -> Array:
         return array
     home = namespace(array).__name__  # by the table: torch's compiler traces it, and not the shim's cached tests
     if home == "array_api_compat.torch":
-        return array.detach() if array.requires_grad else array
+        return array.detach()
     if home == "jax.numpy":
         import jax
 
@@ -235,19 +235,19 @@ def thin_product(up: Array, down: Array) -> Array:
     return product
 
 
-def passing_product(up: Array, down: Array) -> Array:
-    """`thin_product` for one who reads it once: its rows need not lie side by side.
+def spaced(down: Array) -> Array:
+    """The right factor of a thin product, with columns to spare where that makes the product sooner.
 
-    Where torch's on the CPU would lie whole pages apart, as 1024 numbers of float32 do, all that a thin product writes
-    at a time falls on the same lines of the cache; a few columns more keep it off them.
+    Where the product's rows would lie whole pages apart in torch's memory on the CPU, as 1024 numbers of float32 do,
+    all that is written at a time falls on the same lines of the cache. A few columns more keep it off them; whoever
+    multiplies takes only the first ones of the product.
     """
-    if isinstance(up, np.ndarray) or up.ndim != 2 or not _is_fused(up, down) or up.device.type != "cpu":
-        return thin_product(up, down)
-    rank, columns = down.shape
-    if columns * up.dtype.itemsize % _PAGE or rank > _SMALL_RANK:
-        return up @ down
-    spare = _LINE // up.dtype.itemsize
-    return (up @ namespace(down).concat([down, down[:, :spare]], axis=1))[:, :columns]
+    if isinstance(down, np.ndarray) or not _is_torch(down) or down.device.type != "cpu":
+        return down
+    size = down.dtype.itemsize
+    if down.shape[1] * size % _PAGE or down.shape[0] > _SMALL_RANK:
+        return down
+    return namespace(down).concat([down, down[:, : _LINE // size]], axis=1)
 
 
 def weight_product(x: Array, weight: Array) -> Array:
@@ -327,10 +327,13 @@ def by_rows(make: Callable[[slice], Array], like: Array) -> Array:
 
 
 def row_blocks(matrix: Array) -> list[slice]:
-    """Rows that stay in the cache together, of a matrix of NumPy's; all of them, of any other."""
+    """Rows that stay in the cache together, of a matrix on the host; all of them, of any other."""
+    numbers = _CACHED
     if not isinstance(matrix, np.ndarray):
-        return [slice(None)]
-    rows = max(1, _CACHED // max(1, matrix.shape[1]))
+        if not _is_torch(matrix) or matrix.device.type != "cpu":
+            return [slice(None)]
+        numbers *= 2 * namespace(matrix).get_num_threads()  # which share each block
+    rows = max(1, numbers // max(1, matrix.shape[1]))
     return [slice(start, start + rows) for start in range(0, matrix.shape[0], rows)] or [slice(None)]
 
 

@@ -19,8 +19,9 @@ from peftarray.arrays import (
     add_product_into,
     by_rows,
     namespace,
-    passing_product,
     row_blocks,
+    spaced,
+    thin_product,
 )
 from peftarray.layers import Kind, Layer, contract, pays, through, tucker_factor
 from peftarray.method import Param
@@ -90,19 +91,22 @@ class LoHaConfig(Additive):
         return {"up1": up1 * self.scale, "down1": down1, "up2": up2, "down2": down2}
 
     def delta(self, p: Params, layer: Layer) -> Array:
-        return passing_product(p["up1"], p["down1"]) * passing_product(p["up2"], p["down2"])
+        return thin_product(p["up1"], p["down1"]) * thin_product(p["up2"], p["down2"])
 
     def weight(self, p: Params, w: Array, layer: Layer) -> Array:
         def make(rows: slice) -> Array:
-            first = passing_product(p["up1"][rows, ...], p["down1"])
-            return add_product(w[rows, ...], first, passing_product(p["up2"][rows, ...], p["down2"]))
+            first = thin_product(p["up1"][rows, ...], p["down1"])
+            return add_product(w[rows, ...], first, thin_product(p["up2"][rows, ...], p["down2"]))
 
         return by_rows(make, w)
 
     def weight_into(self, p: Params, w: Array, layer: Layer) -> None:
+        columns = w.shape[1]
+        down1, down2 = spaced(p["down1"]), spaced(p["down2"])
         for rows in row_blocks(w):
-            first = passing_product(p["up1"][rows, ...], p["down1"])
-            add_product_into(w[rows, ...], first, passing_product(p["up2"][rows, ...], p["down2"]))
+            first = thin_product(p["up1"][rows, ...], down1)[:, :columns]
+            second = thin_product(p["up2"][rows, ...], down2)[:, :columns]
+            add_product_into(w[rows, ...], first, second)
 
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         if self._is_thin(p, layer):
