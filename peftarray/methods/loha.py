@@ -101,12 +101,14 @@ class LoHaConfig(Additive):
         return by_rows(make, w)
 
     def weight_into(self, p: Params, w: Array, layer: Layer) -> None:
-        columns = w.shape[1]
         down1, down2 = spaced(p["down1"]), spaced(p["down2"])
+
+        def product(up: Array, down: Array, rows: slice) -> Array:
+            return thin_product(up[rows, ...], down)[:, : w.shape[1]]
+
         for rows in row_blocks(w):
-            first = thin_product(p["up1"][rows, ...], down1)[:, :columns]
-            second = thin_product(p["up2"][rows, ...], down2)[:, :columns]
-            add_product_into(w[rows, ...], first, second)
+            # No name holds the products: the next block's lie in the same memory, which the cache has.
+            add_product_into(w[rows, ...], product(p["up1"], down1, rows), product(p["up2"], down2, rows))
 
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         if self._is_thin(p, layer):
