@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from peftarray.backends.torch_forwarding import Forwarding
 from peftarray.backends.torch_fused import fused_output
 from peftarray.backends.torch_kept import KeptFactors
 from peftarray.backends.torch_kinds import Way, is_packed, way_of, ways
-from peftarray.backends.torch_rows import Rows
 from peftarray.backends.torch_switch import Acting, Switch
 from torch import nn
 from torch.nn import functional
@@ -36,7 +35,41 @@ __all__ = ["AdaptedLayer", "Arrays"]
 
 
 class Arrays(nn.Module):
-    """Arrays by name: parameters where they are trained, buffers where not."""
+    """Arrays by name: parameters where they are trained, buffers where not; or what holds those of each adapter.
+
+    It is read like a dictionary too, as PEFT's are: `layer.lora_A["default"].weight`.
+    """
+
+    def __getitem__(self, name: str) -> Any:
+        for table in (self._modules, self._parameters, self._buffers):
+            if table.get(name) is not None:
+                return table[name]
+        raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def keys(self) -> list[str]:
+        """Names of the adapters, or of an adapter's arrays."""
+        tables = (self._modules, self._parameters, self._buffers)
+        return [name for table in tables for name, held in table.items() if held is not None]
+
+    def values(self) -> list[Any]:
+        """What is held, in the order of `keys`."""
+        return [self[name] for name in self.keys()]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Names, and what is held under them."""
+        return [(name, self[name]) for name in self.keys()]
 
     def put(self, name: str, array: torch.Tensor, row: Param, trainable: bool) -> None:
         """Hold an array under a name; a parameter stays the one that it is."""
@@ -70,7 +103,7 @@ class AdaptedLayer(Forwarding):
         self._places: dict[str, tuple[tuple[str, Arrays, str], ...]] = {}
         self._ways: dict[str, Way] = {}
         self._stackable: dict[str, bool] = {}
-        self._kept: KeptFactors | None = None
+        self._kept = KeptFactors()
         self._slot_layer: Layer | None = None
 
     # What it holds.
@@ -111,7 +144,7 @@ class AdaptedLayer(Forwarding):
                     del self._modules[stem]
         for table in (self.methods, self._places, self._ways, self._stackable):
             table.pop(name, None)
-        self._kept = None
+        self._kept.drop(name)
 
     def take_slots(self, stacks: Factors) -> None:
         """Hold stacked factors, from which an index chooses those that act."""
@@ -193,7 +226,7 @@ class AdaptedLayer(Forwarding):
         return ", ".join(f"{name}={type(method).__name__}" for name, (method, _) in self.methods.items())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": KeptFactors()}
 
     def _here(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Those of these adapters that this layer has."""
@@ -240,11 +273,12 @@ class AdaptedLayer(Forwarding):
             return self.base_layer(x, *arguments, **options)
         layer = self.methods[rows.adapters[0]][1]
         rows = rows.of_batch(x.shape[0], layer.name)
-        if all(self._stackable[name] and not self._drops(name) for name in rows.adapters):
-            y, stacks = self.base_layer(x, *arguments, **options), self._stacks(rows, now.scales)
+        if all(self._stackable[name] for name in rows.adapters) and not self._drop_out(rows.adapters):
+            y = self.base_layer(x, *arguments, **options)
+            stacks, slots = self._stacks(rows.adapters, now.scales, x)
             if layer.kind == "linear" and _is_free(y, stacks[0]):
-                return rows.add_update(y, _widened(x), stacks)
-            return _plus(y, rows.update(_widened(x), stacks, layer))
+                return rows.add_update(y, _widened(x), stacks, slots)
+            return _plus(y, rows.update(_widened(x), stacks, slots, layer))
 
         def run(name: str | None, places: torch.Tensor) -> torch.Tensor:
             return self._acted(
@@ -253,33 +287,33 @@ class AdaptedLayer(Forwarding):
 
         return rows.by_segment(run, x.device)
 
-    def _stacks(self, rows: Rows, scales: Mapping[str, float]) -> Factors:
-        """Factors of the adapters of a batch, in slots; kept while nothing changes them, but not for gradients."""
-        names = rows.adapters
-        if torch.compiler.is_compiling():
-            return self._stacked(names, scales)
-        own = tuple(scales.get(name, 1.0) for name in names)
-        if self._kept is not None and self._kept.holds(names, own):
-            return self._kept.stacks
-        held = [(holder, last) for name in names for _, holder, last in self._places[name]]
-        arrays = [getattr(holder, last) for holder, last in held]
-        wants = torch.is_grad_enabled() and any(array.requires_grad for array in arrays)
-        if wants or any(array.is_inference() for array in arrays):
-            return self._stacked(names, scales)
-        with torch.no_grad():
-            self._kept = KeptFactors.of(held, names, own, self._stacked(names, scales))
-        return self._kept.stacks
+    def _stacks(
+        self, names: tuple[str, ...], scales: Mapping[str, float], x: torch.Tensor
+    ) -> tuple[Factors, Mapping[str, int]]:
+        """Factors of the adapters of a batch, and their slots in them; kept ones, where no gradient goes through."""
+        own = {name: scales.get(name, 1.0) for name in names}
+        if not (torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)):
+            slots = self._kept.slots(own, self._held, lambda some, rank: self._thin(some, own, rank))
+            if slots is not None:
+                return self._kept.stacks, slots
+        return stack_slots(self._thin(names, own)), {name: slot for slot, name in enumerate(names, start=1)}
 
-    def _stacked(self, names: tuple[str, ...], scales: Mapping[str, float]) -> Factors:
+    def _held(self, name: str) -> list[tuple[nn.Module, str]]:
+        """The modules that hold an adapter's arrays, and under which names."""
+        return [(holder, last) for _, holder, last in self._places[name]]
+
+    def _thin(self, names: Sequence[str], scales: Mapping[str, float], rank: int = 0) -> list[Factors]:
+        """Factors of adapters, filled up to the largest rank of them, and to this one."""
         adapters = [self.adapter(name) for name in names]
-        thin = [thin_factors(a, scale=scales.get(n, 1.0)) for n, a in zip(names, adapters, strict=True)]
-        rank = max(down.shape[0] for down, _ in thin)
+        thin = [thin_factors(a, scale=scales[name]) for name, a in zip(names, adapters, strict=True)]
+        rank = max(rank, *(down.shape[0] for down, _ in thin))
         pairs = [padded(factors, rank) for factors in thin]
         is_embedding = adapters[0].layer.kind == "embedding"
-        return stack_slots([(down.mT, up) for down, up in pairs] if is_embedding else pairs)
+        return [(down.mT, up) for down, up in pairs] if is_embedding else pairs
 
-    def _drops(self, name: str) -> bool:
-        return self.training and self.adapter(name).drops()
+    def _drop_out(self, names: Sequence[str]) -> bool:
+        """Whether one of these adapters leaves something out now."""
+        return self.training and any(self.adapter(name).drops() for name in names)
 
     def _effective(self, adapter: Adapter | Composition) -> dict[str, torch.Tensor]:
         touches, base = adapter.touches(), self.base_layer

@@ -18,6 +18,9 @@ __all__ = ["BASE", "Rows"]
 BASE = "__base__"
 """PEFT's name for no adapter."""
 
+_A_CALL = 25_000
+"""So many numbers are moved in the time that one more product takes to be called."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -98,42 +101,41 @@ class Rows:
         back = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat(made).index_select(0, self._index("segments", back, device))
 
-    def slot_index(self, slots: Mapping[str, int], device: torch.device) -> torch.Tensor:
-        """The slot of each row, 0 for none."""
-        return self._index("slots", [0 if name is None else slots[name] for name in self.names], device)
-
-    def add_update(self, y: torch.Tensor, x: torch.Tensor, stacks: Factors) -> torch.Tensor:
-        """`y` itself, a linear layer's output, to which `update` is added in place; nothing is copied or moved.
+    def add_update(self, y: torch.Tensor, x: torch.Tensor, stacks: Factors, slots: Mapping[str, int]) -> torch.Tensor:
+        """`y` itself, a linear layer's output, to which `update` is added in place.
 
         Args:
             y: `(n, ..., out)`, contiguous, which no gradient is asked for.
             x: `(n, ..., in)`.
-            stacks: as for `update`.
+            stacks, slots: as for `update`.
         """
-        down, up = stacks
-        rows, out = x.reshape(x.shape[0], -1, x.shape[-1]), y.view(x.shape[0], -1, y.shape[-1])
-        for run in self._runs:
-            given, taken = rows[run.start : run.stop], out[run.start : run.stop]
-            if run.step == 0:
-                hidden = given.reshape(-1, x.shape[-1]) @ down[run.slot].mT
-                taken.view(-1, y.shape[-1]).addmm_(hidden, up[run.slot].mT)
-            else:
-                taken.baddbmm_(torch.bmm(given, down[run.slots].mT), up[run.slots].mT)
+        given, taken = x.reshape(x.shape[0], -1, x.shape[-1]), y.view(x.shape[0], -1, y.shape[-1])
+        as_they_come, sorted_runs, order = self._ways(slots)
+        moved = len(order) * given.shape[1] * (x.shape[-1] + 2 * y.shape[-1])
+        if _A_CALL * (len(as_they_come) - len(sorted_runs)) <= moved:
+            _add_runs(taken, given, stacks, as_they_come)
+        else:
+            index = self._index(f"order {order}", order, x.device)
+            update = given.new_zeros(len(order), *taken.shape[1:])
+            _add_runs(update, given.index_select(0, index), stacks, sorted_runs)
+            taken.index_add_(0, index, update)
         return y
 
-    def update(self, x: torch.Tensor, stacks: Factors, layer: Layer) -> torch.Tensor:
-        """What low-rank adapters add to a layer's output, all in one pass.
+    def update(self, x: torch.Tensor, stacks: Factors, slots: Mapping[str, int], layer: Layer) -> torch.Tensor:
+        """What low-rank adapters add to a layer's output.
 
         Args:
             x: `(n, ..., in)`.
-            stacks: of `adapters` in their order, behind slot 0, which is zeros.
+            stacks: of `adapters`, behind slot 0, which is zeros.
+            slots: which slot each of them has.
             layer: the layer.
         """
         down, up = stacks
-        if layer.kind != "linear" or not x.numel():
-            return slot_update(x, down, up, self._slot_of_adapters(x.device), layer)
-        if None not in self._groups:
-            down, up = down[1:], up[1:]
+        in_order = all(slots[name] == place for place, name in enumerate(self.adapters, start=1))
+        if layer.kind != "linear" or not x.numel() or not in_order:
+            return slot_update(x, down, up, self._slot_index(slots, x.device), layer)
+        some = slice(0 if None in self._groups else 1, len(self.adapters) + 1)
+        down, up = down[some], up[some]
         count, each = len(self._groups), x.reshape(x.shape[0], -1, x.shape[-1])
         tokens, rank = each.shape[1], down.shape[1]
         moved, back = self._padded
@@ -145,13 +147,17 @@ class Rows:
             y = _both(apart.reshape(count, -1, x.shape[-1]), down, up)
             y = y.reshape(len(moved), tokens, -1).index_select(0, self._index("back", back, x.device))
         else:
-            return slot_update(x, *stacks, self._slot_of_adapters(x.device), layer)
+            return slot_update(x, *stacks, self._slot_index(slots, x.device), layer)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
-    @cached_property
-    def _runs(self) -> tuple[Run, ...]:
-        slots = {name: place for place, name in enumerate(self.adapters, start=1)}
-        return runs_of([None if name is None else slots[name] for name in self.names])
+    def _ways(self, slots: Mapping[str, int]) -> tuple[tuple[Run, ...], tuple[Run, ...], list[int]]:
+        """The runs of rows as they come; those of rows that are sorted by their slots, and the sorted rows."""
+        of_rows = tuple(None if name is None else slots[name] for name in self.names)
+        if of_rows not in self._known_ways:
+            order = sorted((slot, row) for row, slot in enumerate(of_rows) if slot is not None)
+            sorted_runs = runs_of([slot for slot, _ in order])
+            self._known_ways[of_rows] = runs_of(of_rows), sorted_runs, [row for _, row in order]
+        return self._known_ways[of_rows]
 
     @cached_property
     def _groups(self) -> dict[str | None, list[int]]:
@@ -172,8 +178,10 @@ class Rows:
         places = {row: group * most + place for group, rows in enumerate(groups) for place, row in enumerate(rows)}
         return moved, [places[row] for row in range(len(self.names))]
 
-    def _slot_of_adapters(self, device: torch.device) -> torch.Tensor:
-        return self.slot_index({name: place for place, name in enumerate(self.adapters, start=1)}, device)
+    def _slot_index(self, slots: Mapping[str, int], device: torch.device) -> torch.Tensor:
+        """The slot of each row, 0 for none."""
+        of_rows = [0 if name is None else slots[name] for name in self.names]
+        return self._index(f"slots {of_rows}", of_rows, device)
 
     def _index(self, what: str, values: Sequence[int], device: torch.device) -> torch.Tensor:
         """Row numbers on a device; copied there once."""
@@ -187,6 +195,10 @@ class Rows:
         return {}
 
     @cached_property
+    def _known_ways(self) -> dict[tuple[int | None, ...], tuple[tuple[Run, ...], tuple[Run, ...], list[int]]]:
+        return {}
+
+    @cached_property
     def _fewer(self) -> dict[frozenset[str], Rows]:
         return {}
 
@@ -195,5 +207,22 @@ class Rows:
         return {}
 
 
+def _add_runs(y: torch.Tensor, x: torch.Tensor, stacks: Factors, runs: Iterable[Run]) -> None:
+    """Add to rows `y (n, t, out)` what the slots of these runs make of `x (n, t, in)`; nothing is copied or moved."""
+    down, up = stacks
+    for run in runs:
+        given, taken = x[run.start : run.stop], y[run.start : run.stop]
+        if run.step == 0:
+            hidden = given.reshape(-1, x.shape[-1]) @ down[run.slot].mT
+            taken.view(-1, y.shape[-1]).addmm_(hidden, up[run.slot].mT)
+        else:
+            taken.baddbmm_(_hidden(given, down[run.slots]), up[run.slots].mT)
+
+
 def _both(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return torch.bmm(torch.bmm(x, down.mT), up.mT)
+    return torch.bmm(_hidden(x, down), up.mT)
+
+
+def _hidden(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """`x down^T` by `(down x^T)^T`: BLAS takes two thirds of the time where the few rows are those of the left."""
+    return torch.bmm(down, x.mT).mT

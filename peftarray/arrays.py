@@ -313,6 +313,8 @@ def by_rows(make: Callable[[slice], Array], like: Array) -> Array:
 
     NumPy goes through the memory once for each operation; so it makes blocks of rows that stay in the cache.
     """
+    if not isinstance(like, np.ndarray):
+        return make(slice(None))
     blocks = row_blocks(like)
     first = make(blocks[0])
     if len(blocks) == 1:
