@@ -1,8 +1,8 @@
 """A weight that is another for each sample of a batch, by low-rank adapters in stacks that outlive the batch: NumPy's.
 
 Where `MixedWeight` takes the factors of each adapter and stacks them, here they are stacked already, and laid out as
-BLAS likes them: `down (K, in, R)` and `up (K, R, out)`, the scale within `up`. A run of samples whose slots follow each
-other is one product of stacks, of which nothing is copied.
+BLAS likes them: `down (K, R, in)` and `up (K, R, out)`, the scale within `up`. A run of samples whose slots follow each
+other is one product of stacks, of which nothing is copied; what it adds is made in pieces that stay in the cache.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from peftarray.mixed import MixedWeight
 from peftarray.stand_in import OverArray, kind_for
 
 __all__ = ["Run", "StackedWeight", "Stacks", "runs_of"]
+
+
+# So many numbers and their sum stay in a core's cache.
+_CACHED = 1 << 17
 
 
 class Run(NamedTuple):
@@ -110,10 +114,11 @@ class StackedWeight(OverArray, MixedWeight):
         for run in self._runs:
             given, out = samples[run.start : run.stop], by_sample[run.start : run.stop]
             if run.step == 0:
-                rows = given.reshape(-1, given.shape[-1]) @ down[run.slot] @ up[run.slot]
-                out += rows.reshape(out.shape)
+                _add_product(
+                    out.reshape(-1, y.shape[-1]), given.reshape(-1, x.shape[-1]) @ down[run.slot].mT, up[run.slot]
+                )
             else:
-                out += np.matmul(np.matmul(given, down[run.slots]), up[run.slots])
+                _add_product(out, np.matmul(given, down[run.slots].mT), up[run.slots])
         return y
 
     def flatten(self) -> tuple[tuple[Array, ...], Any]:
@@ -127,3 +132,15 @@ class StackedWeight(OverArray, MixedWeight):
     def _mixed(self) -> MixedWeight:
         """The same of its parts."""
         return kind_for(MixedWeight, self.base)(self.parts, self.places, self._flipped)
+
+
+def _add_product(y: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
+    """`y += left @ right` along the first axis of `y`, which `right` has too where it holds a matrix for each entry."""
+    step = max(1, _CACHED // max(1, y[:1].size))
+    made = np.empty((min(step, len(y)), *y.shape[1:]), np.result_type(left, right))
+    for start in range(0, len(y), step):
+        some = slice(start, start + step)
+        part = y[some]
+        update = made[: len(part)]
+        np.matmul(left[some], right if right.ndim < y.ndim else right[some], out=update)
+        part += update

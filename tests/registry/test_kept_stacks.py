@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 import peftarray as pa
 from peftarray import LoraConfig
 from peftarray.arrays import is_constant
-from peftarray.model import PeftModel
+from peftarray.model import PeftModel, kept_stacks
 from peftarray.model.kept_stacks import KeptStacks
+from peftarray.slots import thin_factors
 from peftarray.stacked_weight import Run, StackedWeight, runs_of
 
 from ..model.cases import base_weights, run
@@ -147,9 +149,63 @@ def test_scales_act(model: PeftModel):
 def test_stacks_go_with_their_adapters(model: PeftModel):
     kept(model, ["a", "b", "d", "b", "a", "d"])
     assert model.kept_stacks._kept is not None
+    for name in ("d", "a", "b"):
+        assert model.kept_stacks._kept is not None
+        model.delete_adapter(name)
+        gc.collect()
+    assert model.kept_stacks._kept is None
+
+
+@pytest.fixture
+def gathering(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The layers whose factors are gathered for stacks."""
+    seen: list[str] = []
+
+    def counted(adapter: Any, **options: Any) -> Any:
+        seen.append(adapter.layer.name)
+        return thin_factors(adapter, **options)
+
+    monkeypatch.setattr(kept_stacks, "thin_factors", counted)
+    return seen
+
+
+def test_only_adapters_that_are_new_are_gathered(model: PeftModel, folders: dict[str, Path], gathering: list[str]):
+    """And what stood in a slot before is not seen by the next that gets it, whichever layers they have."""
+    for rows, new in [
+        (["b", "d", "b", None, "d", "b"], 12),  # two layers in each of three blocks
+        (["d", "b", "b", "b", None, "d"], 0),
+        (["a", "b", "d", "b", "a", "d"], 3),
+    ]:
+        np.testing.assert_allclose(kept(model, rows), gathered(model, rows), atol=1e-10)
+        assert len(gathering) == new
+        gathering.clear()
+    slot = {one.found(): slot for one, slot in model.kept_stacks._kept.slots.items()}[model.get_adapter("d")]
     model.delete_adapter("d")
     gc.collect()
-    assert model.kept_stacks._kept is None
+    model.load_adapter(folders["a"], "small")
+    rows = ["small", "b", None, "b", "a", "small"]
+    np.testing.assert_allclose(kept(model, rows), gathered(model, rows), atol=1e-10)
+    assert len(gathering) == 3
+    assert slot in model.kept_stacks._kept.slots.values()
+
+
+def test_an_adapter_that_fits_no_slot_makes_new_stacks(model: PeftModel, tmp_path: Path):
+    kept(model, ["a", "b", "a", "b", "a", "b"])
+    wide = LoraConfig(r=9, target_modules=["q_proj"], init_lora_weights=False)
+    pa.get_peft_model(base_weights(), wide).save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "wide")
+    rows = ["wide", "b", None, "wide", "a", "d"]
+    np.testing.assert_allclose(kept(model, rows), gathered(model, rows), atol=1e-10)
+
+
+def test_batches_of_threads_bring_adapters_at_the_same_time(model: PeftModel, folders: dict[str, Path]):
+    for number in range(60):
+        model.load_adapter(folders[["a", "b", "d"][number % 3]], f"more{number}")
+    batches = [[f"more{(7 * batch + row) % 60}" for row in range(6)] for batch in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda rows: run(model.weights_for(rows), IDS), batches))
+    for rows, y in zip(batches, found, strict=True):
+        np.testing.assert_allclose(y, gathered(model, rows), atol=1e-10)
 
 
 def test_no_more_than_64_are_kept(model: PeftModel, folders: dict[str, Path]):
