@@ -6,7 +6,7 @@ frozen NumPy factor beneath a traced array ends up in the namespace that can tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -31,8 +31,8 @@ __all__ = [
     "multiplies_short",
     "namespace",
     "register_branch",
-    "row_blocks",
     "row_norms",
+    "row_parts",
     "sealed",
     "spaced",
     "stop_gradient",
@@ -270,8 +270,8 @@ def add_matmul(base: Array, left: Array, right: Array) -> Array:
 def add_matmul_into(base: Array, left: Array, right: Array) -> None:
     """`base += left @ right` of matrices, in the memory of `base`."""
     if isinstance(base, np.ndarray):
-        for rows in row_blocks(base):
-            base[rows] += thin_product(left[rows], right)
+        for rows, of_left in row_parts(base, left):
+            rows += thin_product(of_left, right)
     elif _is_fused(base, left, right):
         base.addmm_(left, right)
     else:
@@ -315,7 +315,7 @@ def by_rows(make: Callable[[slice], Array], like: Array) -> Array:
     """
     if not isinstance(like, np.ndarray):
         return make(slice(None))
-    blocks = row_blocks(like)
+    blocks = _row_blocks(like)
     first = make(blocks[0])
     if len(blocks) == 1:
         return first
@@ -328,14 +328,21 @@ def by_rows(make: Callable[[slice], Array], like: Array) -> Array:
     return made
 
 
-def row_blocks(matrix: Array) -> list[slice]:
-    """Rows that stay in the cache together, of a matrix on the host; all of them, of any other."""
-    numbers = _CACHED
-    if not isinstance(matrix, np.ndarray):
-        if not _is_torch(matrix) or matrix.device.type != "cpu":
-            return [slice(None)]
-        numbers *= 2 * namespace(matrix).get_num_threads()  # which share each block
-    rows = max(1, numbers // max(1, matrix.shape[1]))
+def row_parts(matrix: Array, *others: Array) -> Iterator[tuple[Array, ...]]:
+    """Rows of a matrix that stay in the cache together, and the same rows of others; all, where not on the host."""
+    if isinstance(matrix, np.ndarray):
+        for rows in _row_blocks(matrix):
+            yield matrix[rows], *(other[rows, ...] for other in others)
+    elif _is_fused(matrix, *others) and matrix.device.type == "cpu" and matrix.shape[1]:
+        numbers = 2 * _CACHED * namespace(matrix).get_num_threads()  # all of which share each part
+        rows = max(1, numbers // matrix.shape[1])
+        yield from zip(*(array.split(rows) for array in (matrix, *others)), strict=True)
+    else:
+        yield matrix, *others
+
+
+def _row_blocks(matrix: np.ndarray) -> list[slice]:
+    rows = max(1, _CACHED // max(1, matrix.shape[1]))
     return [slice(start, start + rows) for start in range(0, matrix.shape[0], rows)] or [slice(None)]
 
 

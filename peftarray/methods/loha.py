@@ -19,7 +19,7 @@ from peftarray.arrays import (
     add_product_into,
     by_rows,
     namespace,
-    row_blocks,
+    row_parts,
     spaced,
     thin_product,
 )
@@ -101,14 +101,10 @@ class LoHaConfig(Additive):
         return by_rows(make, w)
 
     def weight_into(self, p: Params, w: Array, layer: Layer) -> None:
-        down1, down2 = spaced(p["down1"]), spaced(p["down2"])
-
-        def product(up: Array, down: Array, rows: slice) -> Array:
-            return thin_product(up[rows, ...], down)[:, : w.shape[1]]
-
-        for rows in row_blocks(w):
-            # No name holds the products: the next block's lie in the same memory, which the cache has.
-            add_product_into(w[rows, ...], product(p["up1"], down1, rows), product(p["up2"], down2, rows))
+        down1, down2, columns = spaced(p["down1"]), spaced(p["down2"]), w.shape[1]
+        for rows, up1, up2 in row_parts(w, p["up1"], p["up2"]):
+            # No name holds the products: the next rows' lie in the same memory, which the cache has.
+            add_product_into(rows, thin_product(up1, down1)[:, :columns], thin_product(up2, down2)[:, :columns])
 
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         if self._is_thin(p, layer):
