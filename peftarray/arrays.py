@@ -282,6 +282,10 @@ def add_product_into(base: Array, left: Array, right: Array) -> None:
     """`base += left * right`, in the memory of `base`."""
     if _is_fused(base, left, right):
         base.addcmul_(left, right)
+    elif isinstance(base, np.ndarray) and base.ndim > 2:  # blocks of a matrix, a row of which stays in the cache
+        of_rows = (np.broadcast_to(factor, (len(base), *factor.shape[1:])) for factor in (left, right))
+        for row, of_left, of_right in zip(base, *of_rows, strict=True):
+            row += of_left * of_right
     else:
         base += left * right
 

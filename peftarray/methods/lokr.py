@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import numpy as np
-
 from peftarray import random
 from peftarray.arrays import Array, Params, add_product, add_product_into, namespace, thin_product
 from peftarray.layers import Kind, Layer, contract, pays, through, tucker_factor
@@ -124,12 +122,7 @@ class LoKrConfig(Additive):
 
     def weight_into(self, p: Params, w: Array, layer: Layer) -> None:
         outer, inner = _blocks(p)
-        blocks = _in_blocks(w, outer, inner)  # the same memory, since each axis is only split
-        if isinstance(w, np.ndarray):  # a row of blocks stays in the cache
-            for row, gains in zip(blocks, outer, strict=True):
-                row += gains * inner[0]
-        else:
-            add_product_into(blocks, outer, inner)
+        add_product_into(_in_blocks(w, outer, inner), outer, inner)  # the same memory, since each axis is only split
 
     def apply(self, p: Params, x: Array, w: Array, layer: Layer) -> Array:
         if self._is_cheap(p, layer):
