@@ -187,8 +187,8 @@ class KeptFactors:
     ) -> None:
         for name in new:
             self.drop(name)
-        factors = make(list(new), self.stacks[1].shape[2] if self._slots else 0)
-        if not self._slots or not _fit(factors, self.stacks):
+        factors = make(list(new), self.stacks[1].shape[2]) if self._slots else None
+        if factors is None or not _fit(factors, self.stacks):
             self._batches.clear()
             self._slots.clear()
             new = {name: new.get(name) or [_Source.of(*where) for where in held(name)] for name in scales}

@@ -134,12 +134,11 @@ class Adapter:
             message = f"{self.layer.name}: the weight cannot be written into; use merge, which makes a new array"
             raise UnsupportedError(message)
         weight = stop_gradient(weight)
-        params = {name: stop_gradient(array) for name, array in self.params.items()}
+        still = Adapter(self.config, self.layer, {name: stop_gradient(array) for name, array in self.params.items()})
         if is_short(weight) or self.layer.kernel:  # whose matrix need not share its memory
-            weight[...] = dataclasses.replace(self, params=params).merge(weight)
+            weight[...] = still.merge(weight)
         else:
-            prepared = self.config.prepare({name: _widened(array) for name, array in params.items()}, self.layer)
-            self.config.weight_into(prepared, self.layer.view(weight), self.layer)
+            self.config.weight_into(still.prepared, self.layer.view(weight), self.layer)
 
     def change(self, weight: Array) -> Array:
         """What `merge` adds to the weight, in float32 at least and as the model stores it."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from peftarray.arrays import Array
+from peftarray.arrays import Array, add_matmul_into
 from peftarray.layers import Layer
 from peftarray.mixed import MixedWeight
 from peftarray.stand_in import OverArray, kind_for
@@ -114,11 +114,10 @@ class StackedWeight(OverArray, MixedWeight):
         for run in self._runs:
             given, out = samples[run.start : run.stop], by_sample[run.start : run.stop]
             if run.step == 0:
-                _add_product(
-                    out.reshape(-1, y.shape[-1]), given.reshape(-1, x.shape[-1]) @ down[run.slot].mT, up[run.slot]
-                )
+                hidden = given.reshape(-1, x.shape[-1]) @ down[run.slot].mT
+                add_matmul_into(out.reshape(-1, y.shape[-1]), hidden, up[run.slot])
             else:
-                _add_product(out, np.matmul(given, down[run.slots].mT), up[run.slots])
+                _add_products(out, np.matmul(given, down[run.slots].mT), up[run.slots])
         return y
 
     def flatten(self) -> tuple[tuple[Array, ...], Any]:
@@ -134,13 +133,11 @@ class StackedWeight(OverArray, MixedWeight):
         return kind_for(MixedWeight, self.base)(self.parts, self.places, self._flipped)
 
 
-def _add_product(y: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
-    """`y += left @ right` along the first axis of `y`, which `right` has too where it holds a matrix for each entry."""
+def _add_products(y: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
+    """`y += left @ right` of stacks of matrices, a few at a time."""
     step = max(1, _CACHED // max(1, y[:1].size))
     made = np.empty((min(step, len(y)), *y.shape[1:]), np.result_type(left, right))
     for start in range(0, len(y), step):
         some = slice(start, start + step)
         part = y[some]
-        update = made[: len(part)]
-        np.matmul(left[some], right if right.ndim < y.ndim else right[some], out=update)
-        part += update
+        part += np.matmul(left[some], right[some], out=made[: len(part)])
