@@ -33,7 +33,10 @@ def fused_output(base: nn.Module, adapter: Any, x: torch.Tensor) -> torch.Tensor
         return None
     if torch.is_autocast_enabled(x.device.type) or not (isinstance(adapter, Adapter) and _is_thin(adapter)):
         return None
-    up, down = adapter.prepared["up"], adapter.prepared["down"]
+    prepared = adapter.prepared
+    if prepared.keys() != {"up", "down"}:
+        return None
+    up, down = prepared["up"], prepared["down"]
     if up.dtype is not x.dtype or type(up) is not torch.Tensor or x.numel() == 0:
         return None
     apply: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _LinearBesideUpdate.apply
@@ -41,10 +44,10 @@ def fused_output(base: nn.Module, adapter: Any, x: torch.Tensor) -> torch.Tensor
 
 
 def _is_thin(adapter: Adapter) -> bool:
-    """Whether all that it does to a linear layer is to add `up @ down`."""
+    """Whether all that it does to a linear layer is to add `up @ down`, if it prepares nothing else."""
     method = adapter.config
-    as_defined = isinstance(method, LowRank) and adapter.prepared.keys() == {"up", "down"} and method.adds_apart()
-    return as_defined and adapter.layer.kind == "linear" and adapter.touches() == ("weight",)
+    adds = isinstance(method, LowRank) and method.adds_apart()
+    return adds and adapter.layer.kind == "linear" and adapter.touches() == ("weight",)
 
 
 class _LinearBesideUpdate(torch.autograd.Function):
