@@ -48,7 +48,7 @@ class ActingModule(Forwarding):
                 for module, layer in held.layers.items():
                     items.append(
                         layer_status(
-                            layer.adapter(name),
+                            layer.read(name),
                             name=name,
                             layer=module,
                             weight=self._own_weight(layer) if norms else None,

@@ -48,6 +48,7 @@ class Draft:
         saved: module -> the copy that is trained whole.
         tensors: name of a parameter -> the one that takes its place where the adapter acts, such as a trained bias.
         extra: fields of the configuration's file that are not known here.
+        is_new: nobody else has its arrays.
     """
 
     config: AdapterConfig
@@ -55,6 +56,7 @@ class Draft:
     saved: Mapping[str, nn.Module] = field(default_factory=dict)
     tensors: Mapping[str, nn.Parameter] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    is_new: bool = False
 
 
 def start_draft(module: nn.Module, config: AdapterConfig, *, seed: int) -> Draft:
@@ -78,7 +80,7 @@ def start_draft(module: nn.Module, config: AdapterConfig, *, seed: int) -> Draft
     adapters |= start_tokens(embeddings, config, weight, chosen=chosen, embedding=_input_embedding(module, modules))
     saved = _copies(modules, saved_modules(modules, config))
     tensors = {name: _copied(parameter) for name, parameter in _biases(modules, config, adapters, saved)}
-    return _checked(module, modules, Draft(with_names(config, chosen), adapters, saved, tensors))
+    return _checked(module, modules, Draft(with_names(config, chosen), adapters, saved, tensors, is_new=True))
 
 
 def load_draft(module: nn.Module, source: str | Path | SavedAdapters, *, allow_unknown: bool = False) -> Draft:
@@ -119,7 +121,7 @@ def load_draft(module: nn.Module, source: str | Path | SavedAdapters, *, allow_u
                 held.copy_(array)
         else:
             tensors[name] = nn.Parameter(array.to(held), requires_grad=False)
-    return _checked(module, modules, Draft(found.config, adapters, saved, tensors, found.extra))
+    return _checked(module, modules, Draft(found.config, adapters, saved, tensors, found.extra, is_new=True))
 
 
 def _beside(source: SavedAdapters, weights: Mapping[str, torch.Tensor]) -> SavedAdapters:

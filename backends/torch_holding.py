@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from peftarray.backends.torch_arrays import Arrays
 from peftarray.backends.torch_budget import Budget
 from peftarray.backends.torch_drafts import Draft
-from peftarray.backends.torch_layers import AdaptedLayer, Arrays
+from peftarray.backends.torch_layers import AdaptedLayer
 from peftarray.backends.torch_saved import SavedModule, TiedHead, TokenRows
 from peftarray.backends.torch_switch import Switch
 from peftarray.backends.torch_tree import at, chain, own_module, own_modules, put
@@ -47,9 +48,8 @@ class Base(nn.Module):
         """Hold no longer what the layers of an adapter share."""
         for key, holder in list(self._modules.items()):
             if isinstance(holder, Arrays):
-                holder._parameters.pop(name, None)
-                holder._buffers.pop(name, None)
-                if not (holder._parameters or holder._buffers):
+                holder.drop(name)
+                if not len(holder):
                     del self._modules[key]
 
 
@@ -101,8 +101,8 @@ class Held:
     budget: Budget = field(default_factory=Budget)
 
     def adapters(self, name: str) -> dict[str, Adapter]:
-        """Name of a module, as a file has it -> its adapter, with the arrays of now."""
-        return {module: layer.adapter(name) for module, layer in self.layers.items()}
+        """Name of a module, as a file has it -> its adapter, for one who keeps and changes nothing."""
+        return {module: layer.read(name) for module, layer in self.layers.items()}
 
     def whole(self, name: str) -> dict[str, nn.Parameter]:
         """Name of a tensor in a file -> what is trained or brought whole."""
@@ -187,7 +187,7 @@ def _put_all(base: Base, switch: Switch, name: str, draft: Draft, *, trainable: 
         still = replace(adapter, trainable=False)
         base.share(name, still, shared)
         layers[path] = _layer_at(root, path, switch)
-        layers[path].put(name, still, shared)
+        layers[path].put(name, still, shared, is_new=draft.is_new)
     saved = {path: _saved_at(root, path, switch) for path in draft.saved}
     for path, module in saved.items():
         module.modules_to_save[name] = draft.saved[path].requires_grad_(False)

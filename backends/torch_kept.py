@@ -1,23 +1,25 @@
 """Factors that a layer keeps from one batch to the next, and how it is known that they are still right.
 
 To gather the factors of 64 adapters takes longer than to compute with them. So each adapter that a batch names gets a
-slot in stacks, and the next batch fills only the slots of adapters that are new or were changed.
+slot in stacks, and the next batch fills only the slots of adapters that are new or were changed. For that, only arrays
+that others may have are looked at: to look at all those of 64 adapters takes half as long as to compute with them.
 """
 
 from __future__ import annotations
 
-import itertools
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from peftarray.backends.torch_arrays import Lent
 
 from peftarray.slots import Factors
 
 __all__ = ["KeptFactors"]
+
+Held = Callable[[str], Iterable[tuple[Mapping[str, Any], str]]]
+Make = Callable[[Sequence[str], int], Sequence[Factors]]
 
 _MOST = 64
 """So many adapters have slots, or as many as one batch has."""
@@ -28,7 +30,7 @@ class _Source:
     """An array that a slot was filled from.
 
     Attributes:
-        table, name: which table of a module holds it, and under which name.
+        table, name: torch's table that holds it, and under which name.
         array: itself.
         memory: an alias, so that no other array gets its address.
         address: where its numbers lay.
@@ -43,39 +45,21 @@ class _Source:
     version: int
 
     @classmethod
-    def of(cls, holder: nn.Module, name: str) -> _Source:
-        """The array that a module holds now."""
-        table = holder._parameters if holder._parameters.get(name) is not None else holder._buffers
+    def of(cls, table: Mapping[str, Any], name: str) -> _Source:
+        """The array that is held now."""
         array = table[name]
-        assert array is not None
-        return cls(table, name, array, array.detach(), array.data_ptr(), -1 if array.is_inference() else array._version)
+        version = -1 if array.is_inference() else array._version
+        return cls(table, name, array, array.detach(), array.data_ptr(), version)
 
-
-class _Sources:
-    """The arrays that some slots were filled from, to be looked at often: a column for each of their attributes."""
-
-    def __init__(self, sources: Iterable[_Source]) -> None:
-        every = tuple(sources)
-        self._where = [(source.table, source.name) for source in every]
-        self._arrays = [source.array for source in every]
-        self._kept = [source.memory for source in every]
-        self._addresses = [source.address for source in every]
-        self._versions = [source.version for source in every]
-
-    def are_as_they_were(self) -> bool:
-        """Whether the modules hold the same numbers still."""
-        now = [table.get(name) for table, name in self._where]
+    def is_as_it_was(self) -> bool:
+        """Whether the same numbers are held still."""
+        array = self.array
         return (
-            all(map(operator.is_, now, self._arrays))
-            and list(map(torch.Tensor.data_ptr, self._arrays)) == self._addresses
-            and list(map(_version_of, self._arrays)) == self._versions
+            self.version >= 0
+            and self.table.get(self.name) is array
+            and array.data_ptr() == self.address
+            and array._version == self.version
         )
-
-    def are_traced(self) -> bool:
-        return any(array.requires_grad for array in self._arrays)
-
-
-_version_of = operator.attrgetter("_version")
 
 
 @dataclass(slots=True)
@@ -88,11 +72,18 @@ class _Slot:
 
 @dataclass(slots=True)
 class _Batch:
-    """What a batch had: the slots of its adapters, and all that they were filled from."""
+    """What a batch had: the slots of its adapters, and what they were filled from; of that, what others may have."""
 
     slots: Mapping[str, int]
-    sources: _Sources
+    sources: Sequence[_Source]
+    lent: Sequence[_Source]
     used: int = 0
+
+    def is_right(self) -> bool:
+        return all(source.is_as_it_was() for source in self.lent)
+
+    def is_traced(self) -> bool:
+        return any(source.array.requires_grad for source in self.sources)
 
 
 class KeptFactors:
@@ -105,66 +96,45 @@ class KeptFactors:
 
     stacks: Factors
 
-    def __init__(self) -> None:
+    def __init__(self, lent: Lent) -> None:
+        """Stacks without slots.
+
+        Args:
+            lent: the adapters whose arrays others may have.
+        """
+        self._lent = lent
+        self._noted = lent.times
         self._slots: dict[str, _Slot] = {}
         self._batches: dict[tuple[tuple[str, float], ...], _Batch] = {}
         self._count = 0
 
-    def slots(
-        self,
-        scales: Mapping[str, float],
-        held: Callable[[str], Iterable[tuple[nn.Module, str]]],
-        make: Callable[[Sequence[str], int], Sequence[Factors]],
-    ) -> Mapping[str, int] | None:
+    def slots(self, scales: Mapping[str, float], held: Held, make: Make) -> Mapping[str, int] | None:
         """The slot of each adapter of a batch, filled with its factors as they are now.
 
         Args:
             scales: the adapters, and by what the update of each is multiplied.
-            held: name -> the modules that hold its arrays, and under which names.
+            held: name -> the tables that hold its arrays, and under which names.
             make: their names and the least rank -> their factors, all of one shape.
 
         Returns:
             Name -> slot; None where a gradient is asked for, or an inference tensor hides whether it is written into.
         """
         self._count += 1
+        if self._noted != self._lent.times:
+            self._note()
         whose = tuple(scales.items())
         batch = self._batches.get(whose)
-        if batch is None or not batch.sources.are_as_they_were():
+        if batch is None or not batch.is_right():
             if not self._are_filled(scales, held, make):
                 return None
-            every = [self._slots[name] for name in scales]
-            slots = {name: slot.place for name, slot in zip(scales, every, strict=True)}
-            batch = _Batch(slots, _Sources(itertools.chain.from_iterable(slot.sources for slot in every)))
+            batch = self._batch(scales)
             if len(self._batches) >= _MOST:
                 self._forget_batches()
             self._batches[whose] = batch
         batch.used = self._count
-        if torch.is_grad_enabled() and batch.sources.are_traced():
+        if torch.is_grad_enabled() and batch.is_traced():
             return None
         return batch.slots
-
-    def _are_filled(
-        self,
-        scales: Mapping[str, float],
-        held: Callable[[str], Iterable[tuple[nn.Module, str]]],
-        make: Callable[[Sequence[str], int], Sequence[Factors]],
-    ) -> bool:
-        """See to it that each adapter has a slot with its factors; whether that can be."""
-        tracks = torch.is_grad_enabled()
-        new: dict[str, Sequence[_Source]] = {}
-        for name, scale in scales.items():
-            slot = self._slots.get(name)
-            if slot is not None and slot.scale == scale and _Sources(slot.sources).are_as_they_were():
-                slot.used = self._count
-                continue
-            new[name] = [_Source.of(*where) for where in held(name)]
-            if any(source.version < 0 or (tracks and source.array.requires_grad) for source in new[name]):
-                return False
-        if new:
-            # What is written here outlives the modes that this batch is made in.
-            with torch.inference_mode(False), torch.no_grad():
-                self._fill(new, scales, held, make)
-        return True
 
     def drop(self, name: str) -> None:
         """Free the slot of an adapter, if it has one."""
@@ -172,19 +142,48 @@ class KeptFactors:
             self._forget_batches()
             del self._slots[name]
 
+    def _note(self) -> None:
+        """Take in what became of adapters: which ones were lent, and which changed or went."""
+        self._forget_batches()
+        for name in self._lent.changed:
+            self.drop(name)
+        self._lent.changed.clear()
+        self._noted = self._lent.times
+
+    def _batch(self, scales: Mapping[str, float]) -> _Batch:
+        every = {name: self._slots[name] for name in scales}
+        return _Batch(
+            {name: slot.place for name, slot in every.items()},
+            [source for slot in every.values() for source in slot.sources],
+            [source for name, slot in every.items() if name in self._lent.names for source in slot.sources],
+        )
+
+    def _are_filled(self, scales: Mapping[str, float], held: Held, make: Make) -> bool:
+        """See to it that each adapter has a slot with its factors; whether that can be."""
+        tracks = torch.is_grad_enabled()
+        new: dict[str, Sequence[_Source]] = {}
+        for name, scale in scales.items():
+            slot, is_lent = self._slots.get(name), name in self._lent.names
+            if slot is not None and slot.scale == scale:
+                if not is_lent or all(source.is_as_it_was() for source in slot.sources):
+                    slot.used = self._count
+                    continue
+            new[name] = [_Source.of(*where) for where in held(name)]
+            if any((is_lent and source.version < 0) or (tracks and source.array.requires_grad) for source in new[name]):
+                return False
+        if new:
+            # What is written here outlives the modes that this batch is made in.
+            with torch.inference_mode(False), torch.no_grad():
+                self._fill(new, scales, held, make)
+        return True
+
     def _forget_batches(self) -> None:
         for batch in self._batches.values():
             for name in batch.slots:
                 self._slots[name].used = max(self._slots[name].used, batch.used)
         self._batches.clear()
 
-    def _fill(
-        self,
-        new: Mapping[str, Sequence[_Source]],
-        scales: Mapping[str, float],
-        held: Callable[[str], Iterable[tuple[nn.Module, str]]],
-        make: Callable[[Sequence[str], int], Sequence[Factors]],
-    ) -> None:
+    def _fill(self, new: Mapping[str, Sequence[_Source]], scales: Mapping[str, float], held: Held, make: Make) -> None:
         for name in new:
             self.drop(name)
         factors = make(list(new), self.stacks[1].shape[2]) if self._slots else None

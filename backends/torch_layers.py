@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from peftarray.backends.torch_arrays import Arrays, Lent
 from peftarray.backends.torch_forwarding import Forwarding
 from peftarray.backends.torch_fused import fused_output
 from peftarray.backends.torch_kept import KeptFactors
@@ -24,65 +25,14 @@ from peftarray.arrays import namespace
 from peftarray.composition import Composition, composed
 from peftarray.errors import NumberError, UnsupportedError
 from peftarray.layers import Layer
-from peftarray.method import AdapterConfig, Param
+from peftarray.method import AdapterConfig
 from peftarray.quant.int8 import Int8Rows
 from peftarray.quantised_weight import QuantisedWeight, quantised_weight
 from peftarray.slots import Factors, padded, slot_update, stack_slots, thin_factors, why_no_slot
 from peftarray.stand_in import kind_for
 from peftarray.widened import Widened
 
-__all__ = ["AdaptedLayer", "Arrays"]
-
-
-class Arrays(nn.Module):
-    """Arrays by name: parameters where they are trained, buffers where not; or what holds those of each adapter.
-
-    It is read like a dictionary too, as PEFT's are: `layer.lora_A["default"].weight`.
-    """
-
-    def __getitem__(self, name: str) -> Any:
-        for table in (self._modules, self._parameters, self._buffers):
-            if table.get(name) is not None:
-                return table[name]
-        raise KeyError(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.keys()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def __len__(self) -> int:
-        return len(self.keys())
-
-    def __bool__(self) -> bool:
-        return True
-
-    def keys(self) -> list[str]:
-        """Names of the adapters, or of an adapter's arrays."""
-        tables = (self._modules, self._parameters, self._buffers)
-        return [name for table in tables for name, held in table.items() if held is not None]
-
-    def values(self) -> list[Any]:
-        """What is held, in the order of `keys`."""
-        return [self[name] for name in self.keys()]
-
-    def items(self) -> list[tuple[str, Any]]:
-        """Names, and what is held under them."""
-        return [(name, self[name]) for name in self.keys()]
-
-    def put(self, name: str, array: torch.Tensor, row: Param, trainable: bool) -> None:
-        """Hold an array under a name; a parameter stays the one that it is."""
-        if row.frozen or not array.is_floating_point():
-            self.register_buffer(name, array, persistent=row.stored)
-        else:
-            parameter = array if isinstance(array, nn.Parameter) else nn.Parameter(array, requires_grad=trainable)
-            parameter.requires_grad = trainable
-            self.register_parameter(name, parameter)
-
-    def extra_repr(self) -> str:
-        arrays = {**self._parameters, **self._buffers}
-        return ", ".join(f"{name}={tuple(array.shape)}" for name, array in arrays.items() if array is not None)
+__all__ = ["AdaptedLayer"]
 
 
 class AdaptedLayer(Forwarding):
@@ -103,18 +53,22 @@ class AdaptedLayer(Forwarding):
         self._places: dict[str, tuple[tuple[str, Arrays, str], ...]] = {}
         self._ways: dict[str, Way] = {}
         self._stackable: dict[str, bool] = {}
-        self._kept = KeptFactors()
+        self._lent = Lent()
+        self._kept = KeptFactors(self._lent)
         self._slot_layer: Layer | None = None
 
     # What it holds.
 
-    def put(self, name: str, adapter: Adapter, shared: Mapping[str, tuple[Arrays, str]]) -> None:
+    def put(
+        self, name: str, adapter: Adapter, shared: Mapping[str, tuple[Arrays, str]], *, is_new: bool = False
+    ) -> None:
         """Hold an adapter under a name that is free.
 
         Args:
             name: of the adapter.
             adapter: with its arrays.
             shared: name of what layers share -> where it is held.
+            is_new: nobody else has its arrays.
         """
         # What stands before the layer, as a tied head does, changes nothing of how methods see it.
         own = self.base_layer.behind if isinstance(self.base_layer, Forwarding) else self.base_layer
@@ -130,6 +84,10 @@ class AdaptedLayer(Forwarding):
             last, holder = (last, _child(holder, name)) if last else (name, holder)
             holder.put(last, adapter.params[key], row, adapter.trainable)
             places.append((key, holder, last))
+        for _, holder, _ in places:
+            holder.owned(self._lent, name)
+        if not is_new:
+            self._lent.lend(name)
         self._places[name] = tuple(places)
         self._ways[name] = way
         self._stackable[name] = way == "apart" and why_no_slot(adapter) is None
@@ -138,12 +96,12 @@ class AdaptedLayer(Forwarding):
         """Hold an adapter no longer, even one that was put only in part."""
         for stem, holder in list(self._modules.items()):
             if isinstance(holder, Arrays):
-                for held in (holder._modules, holder._parameters, holder._buffers):
-                    held.pop(name, None)
-                if not (holder._modules or holder._parameters or holder._buffers):
+                holder.drop(name)
+                if not len(holder):
                     del self._modules[stem]
         for table in (self.methods, self._places, self._ways, self._stackable):
             table.pop(name, None)
+        self._lent.forget(name)
         self._kept.drop(name)
 
     def take_slots(self, stacks: Factors) -> None:
@@ -159,15 +117,19 @@ class AdaptedLayer(Forwarding):
         self._slot_layer = None
 
     def adapter(self, name: str) -> Adapter:
-        """The adapter of this name, with the arrays that it has now."""
-        method, layer = self.methods[name]
-        return Adapter(method, layer, {key: getattr(holder, last) for key, holder, last in self._places[name]})
+        """The adapter of this name, with the arrays that it has now: they are lent."""
+        for _, holder, _ in self._places[name]:
+            holder.lend()
+        return self.read(name)
 
-    def parameters_of(self, name: str) -> Iterator[tuple[dict[str, nn.Parameter | None], str]]:
+    def read(self, name: str) -> Adapter:
+        """The same for one who keeps and changes nothing."""
+        method, layer = self.methods[name]
+        return Adapter(method, layer, {key: holder.read(last) for key, holder, last in self._places[name]})
+
+    def parameters_of(self, name: str) -> list[tuple[dict[str, nn.Parameter | None], str]]:
         """Where that lies which may be trained of an adapter."""
-        for _, holder, last in self._places[name]:
-            if last in holder._parameters:
-                yield holder._parameters, last
+        return [(holder.table_with(last), last) for _, holder, last in self._places[name] if holder.is_parameter(last)]
 
     # What acts.
 
@@ -226,14 +188,14 @@ class AdaptedLayer(Forwarding):
         return ", ".join(f"{name}={type(method).__name__}" for name, (method, _) in self.methods.items())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": KeptFactors()}
+        return {**self.__dict__, "_kept": KeptFactors(self._lent)}
 
     def _here(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Those of these adapters that this layer has."""
         return tuple(name for name in names if name in self.methods)
 
     def _composed(self, names: tuple[str, ...], scales: Mapping[str, float]) -> Adapter | Composition:
-        return composed([self.adapter(name) for name in names], [scales.get(name, 1.0) for name in names])
+        return composed([self.read(name) for name in names], [scales.get(name, 1.0) for name in names])
 
     def _acting_for_all(self) -> Adapter | Composition | None:
         now = self.switch.now
@@ -298,13 +260,13 @@ class AdaptedLayer(Forwarding):
                 return self._kept.stacks, slots
         return stack_slots(self._thin(names, own)), {name: slot for slot, name in enumerate(names, start=1)}
 
-    def _held(self, name: str) -> list[tuple[nn.Module, str]]:
-        """The modules that hold an adapter's arrays, and under which names."""
-        return [(holder, last) for _, holder, last in self._places[name]]
+    def _held(self, name: str) -> list[tuple[dict[str, Any], str]]:
+        """torch's tables that hold an adapter's arrays, and under which names."""
+        return [(holder.table_with(last), last) for _, holder, last in self._places[name]]
 
     def _thin(self, names: Sequence[str], scales: Mapping[str, float], rank: int = 0) -> list[Factors]:
         """Factors of adapters, filled up to the largest rank of them, and to this one."""
-        adapters = [self.adapter(name) for name in names]
+        adapters = [self.read(name) for name in names]
         thin = [thin_factors(a, scale=scales[name]) for name, a in zip(names, adapters, strict=True)]
         rank = max(rank, *(down.shape[0] for down, _ in thin))
         pairs = [padded(factors, rank) for factors in thin]
@@ -313,7 +275,7 @@ class AdaptedLayer(Forwarding):
 
     def _drop_out(self, names: Sequence[str]) -> bool:
         """Whether one of these adapters leaves something out now."""
-        return self.training and any(self.adapter(name).drops() for name in names)
+        return self.training and any(self.read(name).drops() for name in names)
 
     def _effective(self, adapter: Adapter | Composition) -> dict[str, torch.Tensor]:
         touches, base = adapter.touches(), self.base_layer

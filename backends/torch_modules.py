@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from peftarray.backends.torch_acting import refuse_overlap
 from peftarray.backends.torch_adalora import Budgeted
+from peftarray.backends.torch_arrays import parameters_within
 from peftarray.backends.torch_drafts import Draft, load_draft, start_draft
 from peftarray.backends.torch_holding import Base, attach, bare, detach, exchange
 from peftarray.backends.torch_layers import AdaptedLayer
@@ -73,7 +74,7 @@ class PeftModule(WholeModel, Budgeted):
         self._slots: Slots | None = None
         self._merged: tuple[Swap, ...] = ()
         self._held = {adapter_name: attach(self.base_model, self._switch, adapter_name, draft, trainable=trainable)}
-        for parameter in module.parameters():
+        for parameter in parameters_within(module):
             parameter.requires_grad_(False)
         self.set_adapter(adapter_name)
         self._show_inputs(inspect.signature(module.forward))
@@ -133,7 +134,8 @@ class PeftModule(WholeModel, Budgeted):
     def get_adapter(self, adapter_name: str) -> SavedAdapters:
         """An adapter as a value: its configuration, module's name -> its adapter, and what is trained whole."""
         held = self._known(adapter_name)
-        return SavedAdapters(held.config, held.adapters(adapter_name), held.whole(adapter_name), held.extra)
+        adapters = {module: layer.adapter(adapter_name) for module, layer in held.layers.items()}
+        return SavedAdapters(held.config, adapters, held.whole(adapter_name), held.extra)
 
     # Coming and going.
 
@@ -196,7 +198,8 @@ class PeftModule(WholeModel, Budgeted):
             seed=seed,
         )
         scaled = scaled_weights(weights, [self._now.scales.get(name, 1.0) for name in adapters])
-        found = [self.get_adapter(name) for name in adapters]
+        chosen = [(name, self._known(name)) for name in adapters]
+        found = [SavedAdapters(held.config, held.adapters(name), held.whole(name), held.extra) for name, held in chosen]
 
         def make(root: nn.Module) -> Draft:
             own = dict(own_modules(root))

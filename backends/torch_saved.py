@@ -76,7 +76,7 @@ class TiedHead(Forwarding):
         base = scores
         here = [name for name in names if name in self.embedding.methods]
         for name in here:
-            adapter, scale = self.embedding.adapter(name), scales.get(name, 1.0)
+            adapter, scale = self.embedding.read(name), scales.get(name, 1.0)
             assert isinstance(adapter.config, TrainableTokensConfig)
             places = torch.as_tensor(adapter.config.token_indices, device=x.device)
             mine = functional.linear(x, adapter.params["trainable_tokens_delta"].to(x.dtype))

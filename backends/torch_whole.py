@@ -6,6 +6,7 @@ import inspect
 from types import MethodType
 from typing import Any
 
+from peftarray.backends.torch_arrays import parameters_within
 from torch import nn
 
 from peftarray.model.summary import trainable_summary
@@ -18,7 +19,7 @@ class WholeModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many numbers training changes, and how many there are."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters_within(self)]
         return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
     def print_trainable_parameters(self) -> None:

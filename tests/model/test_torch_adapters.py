@@ -356,9 +356,9 @@ def breaking(function: Callable[..., Any], after: int) -> Callable[..., Any]:
 def verbs(folder: Any) -> Iterator[tuple[str, Callable[[Any], Any], str]]:
     """(name, verb, what of the package breaks within it)."""
     yield "add", lambda m: m.add_adapter("new", NEW), "torch_layers.AdaptedLayer.put"
-    yield "add", lambda m: m.add_adapter("new", NEW), "torch_layers.Arrays.put"
+    yield "add", lambda m: m.add_adapter("new", NEW), "torch_arrays.Arrays.put"
     yield "add", lambda m: m.add_adapter("new", NEW), "torch_holding._places"
-    yield "load", lambda m: m.load_adapter(folder / "vera", "new"), "torch_layers.Arrays.put"
+    yield "load", lambda m: m.load_adapter(folder / "vera", "new"), "torch_arrays.Arrays.put"
     yield "rename", lambda m: m.rename_adapter("lora-saved", "new"), "torch_layers.AdaptedLayer.put"
     yield "merge", lambda m: m.merge_adapter(["oft", "lora-saved"]), "torch_layers.AdaptedLayer.effective"
     yield "merge", lambda m: m.merge_adapter(["oft", "lora-saved"]), "torch_merging.Swap.merge"
@@ -394,10 +394,10 @@ def test_a_swap_that_fails_leaves_the_old_one(after, tmp_path, monkeypatch):
     wanted, names = model(IDS), {key: id(p) for key, p in model.named_parameters()}
     put, left = torch_layers.AdaptedLayer.put, iter(range(after))
 
-    def once(self: Any, name: str, adapter: Any, shared: Any) -> None:
+    def once(self: Any, name: str, adapter: Any, shared: Any, **options: Any) -> None:
         if isinstance(adapter.config, pa.OFTConfig) and next(left, None) is None:
             raise Broken
-        put(self, name, adapter, shared)
+        put(self, name, adapter, shared, **options)
 
     monkeypatch.setattr(torch_layers.AdaptedLayer, "put", once)
     with pytest.raises(Broken):
