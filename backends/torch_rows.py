@@ -111,14 +111,20 @@ class Rows:
         """
         given, taken = x.reshape(x.shape[0], -1, x.shape[-1]), y.view(x.shape[0], -1, y.shape[-1])
         as_they_come, sorted_runs, order = self._ways(slots)
-        moved = len(order) * given.shape[1] * (x.shape[-1] + 2 * y.shape[-1])
-        if _A_CALL * (len(as_they_come) - len(sorted_runs)) <= moved:
+        down, up = stacks
+        (count, tokens, fan_in), out, rank = given.shape, y.shape[-1], down.shape[1]
+        moving_rows = _A_CALL * len(sorted_runs) + len(order) * tokens * (fan_in + 2 * out)
+        moving_factors = _A_CALL + count * rank * (fan_in + out)
+        if _A_CALL * len(as_they_come) <= min(moving_rows, moving_factors):
             _add_runs(taken, given, stacks, as_they_come)
-        else:
+        elif moving_rows <= moving_factors:
             index = self._index(f"order {order}", order, x.device)
-            update = given.new_zeros(len(order), *taken.shape[1:])
+            update = given.new_zeros(len(order), tokens, out)
             _add_runs(update, given.index_select(0, index), stacks, sorted_runs)
             taken.index_add_(0, index, update)
+        else:
+            index = self._slot_index(slots, x.device)
+            _add_products(taken, given, down.index_select(0, index), up.mT.index_select(0, index))
         return y
 
     def update(self, x: torch.Tensor, stacks: Factors, slots: Mapping[str, int], layer: Layer) -> torch.Tensor:
@@ -212,11 +218,21 @@ def _add_runs(y: torch.Tensor, x: torch.Tensor, stacks: Factors, runs: Iterable[
     down, up = stacks
     for run in runs:
         given, taken = x[run.start : run.stop], y[run.start : run.stop]
-        if run.step == 0:
-            hidden = given.reshape(-1, x.shape[-1]) @ down[run.slot].mT
-            taken.view(-1, y.shape[-1]).addmm_(hidden, up[run.slot].mT)
+        downs, ups = down[run.slots], up.mT[run.slots]
+        if run.count == 1 and x.shape[1] >= down.shape[1]:
+            # Row by row it goes faster, unless rows are shorter than the rank.
+            _add_products(taken, given, downs.expand(run.width, -1, -1), ups.expand(run.width, -1, -1))
         else:
-            taken.baddbmm_(_hidden(given, down[run.slots]), up[run.slots].mT)
+            by_slot = given.reshape(run.count, -1, x.shape[-1])
+            _add_products(taken.view(run.count, -1, y.shape[-1]), by_slot, downs, ups)
+
+
+def _add_products(y: torch.Tensor, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> None:
+    """`y (k, t, out) += x (k, t, in) down (k, r, in)^T up (k, r, out)`."""
+    if len(y) == 1:
+        y[0].addmm_(x[0] @ down[0].mT, up[0])
+    else:
+        y.baddbmm_(_hidden(x, down), up)
 
 
 def _both(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ other is one product of stacks, of which nothing is copied; what it adds is made
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -25,17 +26,23 @@ _CACHED = 1 << 17
 
 
 class Run(NamedTuple):
-    """Samples that stand together, and their slots, which follow each other by one step; 0 where they have one slot."""
+    """Samples that stand together: so many for each of some slots, which follow each other by one step."""
 
     start: int
     stop: int
     slot: int
-    step: int
+    step: int = 1
+    width: int = 1
+
+    @property
+    def count(self) -> int:
+        """How many slots there are."""
+        return (self.stop - self.start) // self.width
 
     @property
     def slots(self) -> slice:
-        """The slots, where they differ."""
-        return slice(self.slot, self.slot + (self.stop - self.start - 1) * self.step + 1, self.step)
+        """The slots."""
+        return slice(self.slot, self.slot + (self.count - 1) * self.step + 1, self.step)
 
 
 class Stacks(NamedTuple):
@@ -50,21 +57,24 @@ def runs_of(slots: Sequence[int | None]) -> tuple[Run, ...]:
     """The slots of samples as runs, without those that have none.
 
     Example:
-        >>> runs_of([0, 1, 2, 0, 0, None, 4, 2])
-        (Run(start=0, stop=3, slot=0, step=1), Run(start=3, stop=5, slot=0, step=0), Run(start=6, stop=7, slot=4, \
-step=1), Run(start=7, stop=8, slot=2, step=1))
+        >>> runs_of([0, 1, 2, 0, 0, 3, 3, None, 2])
+        (Run(start=0, stop=3, slot=0, step=1, width=1), Run(start=3, stop=7, slot=0, step=3, width=2), \
+Run(start=8, stop=9, slot=2, step=1, width=1))
     """
     found: list[Run] = []
-    for place, slot in enumerate(slots):
+    place = 0
+    for slot, group in itertools.groupby(slots):
+        start, place = place, place + sum(1 for _ in group)
         if slot is None:
             continue
-        last = found[-1] if found and found[-1].stop == place else None
-        if last is not None and place - last.start == 1 and slot >= last.slot:
-            found[-1] = Run(last.start, place + 1, last.slot, slot - last.slot)
-        elif last is not None and slot == last.slot + last.step * (place - last.start):
-            found[-1] = last._replace(stop=place + 1)
+        last, width = found[-1] if found else None, place - start
+        follows = last is not None and (last.stop, last.width) == (start, width) and slot > last.slot
+        if last is not None and follows and last.count == 1:
+            found[-1] = last._replace(stop=place, step=slot - last.slot)
+        elif last is not None and follows and slot == last.slot + last.step * last.count:
+            found[-1] = last._replace(stop=place)
         else:
-            found.append(Run(place, place + 1, slot, 1))
+            found.append(Run(start, place, slot, width=width))
     return tuple(found)
 
 
@@ -112,10 +122,10 @@ class StackedWeight(OverArray, MixedWeight):
         by_sample = y.reshape(samples.shape[0], -1, y.shape[-1])
         down, up, _ = self._stacks
         for run in self._runs:
-            given, out = samples[run.start : run.stop], by_sample[run.start : run.stop]
-            if run.step == 0:
-                hidden = given.reshape(-1, x.shape[-1]) @ down[run.slot].mT
-                add_matmul_into(out.reshape(-1, y.shape[-1]), hidden, up[run.slot])
+            given = samples[run.start : run.stop].reshape(run.count, -1, x.shape[-1])
+            out = by_sample[run.start : run.stop].reshape(run.count, -1, y.shape[-1])
+            if run.count == 1:
+                add_matmul_into(out[0], given[0] @ down[run.slot].mT, up[run.slot])
             else:
                 _add_products(out, np.matmul(given, down[run.slots].mT), up[run.slots])
         return y

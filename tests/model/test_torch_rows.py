@@ -15,6 +15,7 @@ peft = pytest.importorskip("peft")
 hypothesis = pytest.importorskip("hypothesis")
 
 from hypothesis import strategies as st  # noqa: E402
+from peftarray.backends import torch_rows  # noqa: E402
 
 from .cases import CONFIGS  # noqa: E402
 from .torch_net import Net, randomise, several  # noqa: E402
@@ -81,6 +82,31 @@ def test_low_rank_rows_go_in_one_pass(everything, names, keeps_gradients):
         torch.testing.assert_close(everything(x, adapter_names=names), scaled, **close)
         everything.set_scale("vera", 1)
         torch.testing.assert_close(everything(x, adapter_names=names), wanted, **close)
+
+
+@hypothesis.given(
+    names=st.lists(st.sampled_from([*"abcd", None]), min_size=1, max_size=12).filter(any),
+    tokens=st.integers(1, 6),
+    rank=st.integers(1, 4),
+    a_call=st.sampled_from([0, 40, 10**9]),
+)
+@hypothesis.settings(max_examples=150, deadline=None)
+def test_however_rows_are_brought_together_each_gets_its_update(names, tokens, rank, a_call):
+    """As they come, moved beside each other, or with factors that were moved."""
+    generator = torch.Generator().manual_seed(len(names))
+    sizes = [(len(names), tokens, 3), (len(names), tokens, 5), (5, rank, 3), (5, rank, 5)]
+    x, y, down, up = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    down[0], up[0] = 0, 0
+    slots = {"a": 3, "b": 1, "c": 4, "d": 2}
+    wanted = [
+        own if name is None else own + given @ down[slots[name]].mT @ up[slots[name]]
+        for own, given, name in zip(y, x, names, strict=True)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_rows, "_A_CALL", a_call)
+        found = torch_rows.Rows(tuple(names)).add_update(y, x, (down, up.mT), slots)
+    assert found is y
+    torch.testing.assert_close(found, torch.stack(wanted), **close)
 
 
 def test_what_is_kept_of_a_batch_follows_the_parameters():

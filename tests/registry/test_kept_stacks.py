@@ -88,18 +88,21 @@ def test_batches_one_after_another_are_as_without(model_of_all: PeftModel, batch
 @given(slots=st.lists(st.none() | st.integers(0, 5), max_size=30))
 def test_runs_are_the_slots_of_the_samples(slots: list[int | None]):
     found: list[int | None] = [None] * len(slots)
-    for start, stop, slot, step in runs_of(slots):
-        assert stop > start
-        for place in range(start, stop):
+    for run in runs_of(slots):
+        assert run.count * run.width == run.stop - run.start > 0
+        of_run = range(6)[run.slots]
+        assert len(of_run) == run.count
+        for place in range(run.start, run.stop):
             assert found[place] is None
-            found[place] = slot + step * (place - start)
+            found[place] = of_run[(place - run.start) // run.width]
     assert found == slots
 
 
 def test_a_batch_in_the_order_of_its_slots_is_one_run():
     assert runs_of(range(64)) == (Run(0, 64, 0, 1),)
     assert len(runs_of([row % 8 for row in range(64)])) == 8
-    assert len(runs_of([3] * 64)) == 1
+    assert runs_of([3] * 64) == (Run(0, 64, 3, width=64),)
+    assert runs_of([row // 8 for row in range(64)]) == (Run(0, 64, 0, width=8),)
 
 
 def test_loaded_arrays_cannot_be_written_into_and_trained_ones_can(model: PeftModel, folders: dict[str, Path]):
