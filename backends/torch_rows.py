@@ -18,7 +18,7 @@ __all__ = ["BASE", "Rows"]
 BASE = "__base__"
 """PEFT's name for no adapter."""
 
-_A_CALL = 25_000
+_A_CALL = 50_000
 """So many numbers are moved in the time that one more product takes to be called."""
 
 

@@ -88,13 +88,13 @@ def test_batches_one_after_another_are_as_without(model_of_all: PeftModel, batch
 @given(slots=st.lists(st.none() | st.integers(0, 5), max_size=30))
 def test_runs_are_the_slots_of_the_samples(slots: list[int | None]):
     found: list[int | None] = [None] * len(slots)
-    for run in runs_of(slots):
-        assert run.count * run.width == run.stop - run.start > 0
-        of_run = range(6)[run.slots]
-        assert len(of_run) == run.count
-        for place in range(run.start, run.stop):
+    for each in runs_of(slots):
+        assert each.count * each.width == each.stop - each.start > 0
+        of_run = range(6)[each.slots]
+        assert len(of_run) == each.count
+        for place in range(each.start, each.stop):
             assert found[place] is None
-            found[place] = of_run[(place - run.start) // run.width]
+            found[place] = of_run[(place - each.start) // each.width]
     assert found == slots
 
 
