@@ -57,12 +57,12 @@ class Arrays(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._owners: list[tuple[Lent, str]] = []
+        self._owners: set[tuple[Lent, str]] = set()
 
     # Lending.
 
     @property
-    def _parameters(self) -> dict[str, nn.Parameter | None]:  # type: ignore[override]
+    def _parameters(self) -> dict[str, nn.Parameter | None]:
         self.lend()
         return vars(self)["_parameters"]
 
@@ -71,7 +71,7 @@ class Arrays(nn.Module):
         vars(self)["_parameters"] = table
 
     @property
-    def _buffers(self) -> dict[str, torch.Tensor | None]:  # type: ignore[override]
+    def _buffers(self) -> dict[str, torch.Tensor | None]:
         self.lend()
         return vars(self)["_buffers"]
 
@@ -85,16 +85,11 @@ class Arrays(nn.Module):
             self.lend()
         return super().__getattr__(name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in vars(self).get("_buffers", ()):
-            self.lend()
-        super().__setattr__(name, value)
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As torch has it: it moves and converts. Others get no arrays by it."""
         try:
             with self._unlent():
-                return super()._apply(fn, recurse)
+                return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             for lent, name in self._owners:
                 lent.change(name)
@@ -107,11 +102,11 @@ class Arrays(nn.Module):
     @contextmanager
     def _unlent(self) -> Iterator[None]:
         """Within this, whoever gets at the arrays keeps none."""
-        owners, vars(self)["_owners"] = self._owners, []
+        owners, self._owners = self._owners, set()
         try:
             yield
         finally:
-            vars(self)["_owners"] = owners
+            self._owners = owners
 
     # What it holds.
 
@@ -127,20 +122,19 @@ class Arrays(nn.Module):
 
     def owned(self, lent: Lent, name: str) -> None:
         """From now on, what is lent is noted there, as the array of this adapter."""
-        if (lent, name) not in self._owners:
-            self._owners.append((lent, name))
+        self._owners.add((lent, name))
 
     def drop(self, name: str) -> None:
         """Hold nothing under a name."""
         for table in self._tables():
             table.pop(name, None)
-        vars(self)["_owners"] = [(lent, owner) for lent, owner in self._owners if owner != name]
+        self._owners = {(lent, owner) for lent, owner in self._owners if owner != name}
 
     def read(self, name: str) -> torch.Tensor:
         """An array, for one who keeps and changes nothing."""
         if torch.compiler.is_compiling():
             return getattr(self, name)
-        return self.table_with(name)[name]  # type: ignore[return-value]
+        return self.table_with(name)[name]
 
     def table_with(self, name: str) -> dict[str, Any]:
         """The table of torch that holds an array, for one who keeps and changes nothing of others'."""

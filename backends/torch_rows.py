@@ -219,12 +219,12 @@ def _add_runs(y: torch.Tensor, x: torch.Tensor, stacks: Factors, runs: Iterable[
     for run in runs:
         given, taken = x[run.start : run.stop], y[run.start : run.stop]
         downs, ups = down[run.slots], up.mT[run.slots]
-        if run.count == 1 and x.shape[1] >= down.shape[1]:
+        if run.slot_count == 1 and x.shape[1] >= down.shape[1]:
             # Row by row it goes faster, unless rows are shorter than the rank.
             _add_products(taken, given, downs.expand(run.width, -1, -1), ups.expand(run.width, -1, -1))
         else:
-            by_slot = given.reshape(run.count, -1, x.shape[-1])
-            _add_products(taken.view(run.count, -1, y.shape[-1]), by_slot, downs, ups)
+            by_slot = given.reshape(run.slot_count, -1, x.shape[-1])
+            _add_products(taken.view(run.slot_count, -1, y.shape[-1]), by_slot, downs, ups)
 
 
 def _add_products(y: torch.Tensor, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> None:

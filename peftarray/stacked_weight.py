@@ -35,14 +35,14 @@ class Run(NamedTuple):
     width: int = 1
 
     @property
-    def count(self) -> int:
+    def slot_count(self) -> int:
         """How many slots there are."""
         return (self.stop - self.start) // self.width
 
     @property
     def slots(self) -> slice:
         """The slots."""
-        return slice(self.slot, self.slot + (self.count - 1) * self.step + 1, self.step)
+        return slice(self.slot, self.slot + (self.slot_count - 1) * self.step + 1, self.step)
 
 
 class Stacks(NamedTuple):
@@ -69,9 +69,9 @@ Run(start=8, stop=9, slot=2, step=1, width=1))
             continue
         last, width = found[-1] if found else None, place - start
         follows = last is not None and (last.stop, last.width) == (start, width) and slot > last.slot
-        if last is not None and follows and last.count == 1:
+        if last is not None and follows and last.slot_count == 1:
             found[-1] = last._replace(stop=place, step=slot - last.slot)
-        elif last is not None and follows and slot == last.slot + last.step * last.count:
+        elif last is not None and follows and slot == last.slot + last.step * last.slot_count:
             found[-1] = last._replace(stop=place)
         else:
             found.append(Run(start, place, slot, width=width))
@@ -122,9 +122,9 @@ class StackedWeight(OverArray, MixedWeight):
         by_sample = y.reshape(samples.shape[0], -1, y.shape[-1])
         down, up, _ = self._stacks
         for run in self._runs:
-            given = samples[run.start : run.stop].reshape(run.count, -1, x.shape[-1])
-            out = by_sample[run.start : run.stop].reshape(run.count, -1, y.shape[-1])
-            if run.count == 1:
+            given = samples[run.start : run.stop].reshape(run.slot_count, -1, x.shape[-1])
+            out = by_sample[run.start : run.stop].reshape(run.slot_count, -1, y.shape[-1])
+            if run.slot_count == 1:
                 add_matmul_into(out[0], given[0] @ down[run.slot].mT, up[run.slot])
             else:
                 _add_products(out, np.matmul(given, down[run.slots].mT), up[run.slots])

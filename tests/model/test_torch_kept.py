@@ -315,3 +315,16 @@ def test_nothing_is_kept_for_gradients_nor_beside_inference_tensors(filled):
         found = model(x, adapter_names=names)
         assert not filled
         torch.testing.assert_close(found, one_by_one(model, x, names), **close)
+
+
+def test_what_was_added_in_inference_mode_is_kept_until_somebody_has_it(filled):
+    model, x, names = five(), ids(2), ["new", "c"]
+    with torch.inference_mode():
+        model.add_adapter("new", config("b"), seed=9)
+        had = []
+        for change in (lambda: None, lambda: had.append(array(model, "new")), lambda: had[0].mul_(2)):
+            change()
+            filled.clear()
+            found = model(x, adapter_names=names)
+            assert ("new" in filled) == (not had)
+            torch.testing.assert_close(found, one_by_one(model, x, names), **close)

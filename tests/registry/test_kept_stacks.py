@@ -89,9 +89,9 @@ def test_batches_one_after_another_are_as_without(model_of_all: PeftModel, batch
 def test_runs_are_the_slots_of_the_samples(slots: list[int | None]):
     found: list[int | None] = [None] * len(slots)
     for each in runs_of(slots):
-        assert each.count * each.width == each.stop - each.start > 0
+        assert each.slot_count * each.width == each.stop - each.start > 0
         of_run = range(6)[each.slots]
-        assert len(of_run) == each.count
+        assert len(of_run) == each.slot_count
         for place in range(each.start, each.stop):
             assert found[place] is None
             found[place] = of_run[(place - each.start) // each.width]
