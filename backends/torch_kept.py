@@ -18,8 +18,8 @@ from peftarray.slots import Factors
 
 __all__ = ["KeptFactors"]
 
-Held = Callable[[str], Iterable[tuple[Mapping[str, Any], str]]]
-Make = Callable[[Sequence[str], int], Sequence[Factors]]
+_Held = Callable[[str], Iterable[tuple[Mapping[str, Any], str]]]
+_Make = Callable[[Sequence[str], int], Sequence[Factors]]
 
 _MOST = 64
 """So many adapters have slots, or as many as one batch has."""
@@ -108,7 +108,7 @@ class KeptFactors:
         self._batches: dict[tuple[tuple[str, float], ...], _Batch] = {}
         self._count = 0
 
-    def slots(self, scales: Mapping[str, float], held: Held, make: Make) -> Mapping[str, int] | None:
+    def slots(self, scales: Mapping[str, float], held: _Held, make: _Make) -> Mapping[str, int] | None:
         """The slot of each adapter of a batch, filled with its factors as they are now.
 
         Args:
@@ -158,7 +158,7 @@ class KeptFactors:
             [source for name, slot in every.items() if name in self._lent.names for source in slot.sources],
         )
 
-    def _are_filled(self, scales: Mapping[str, float], held: Held, make: Make) -> bool:
+    def _are_filled(self, scales: Mapping[str, float], held: _Held, make: _Make) -> bool:
         """See to it that each adapter has a slot with its factors; whether that can be."""
         tracks = torch.is_grad_enabled()
         new: dict[str, Sequence[_Source]] = {}
@@ -183,7 +183,9 @@ class KeptFactors:
                 self._slots[name].used = max(self._slots[name].used, batch.used)
         self._batches.clear()
 
-    def _fill(self, new: Mapping[str, Sequence[_Source]], scales: Mapping[str, float], held: Held, make: Make) -> None:
+    def _fill(
+        self, new: Mapping[str, Sequence[_Source]], scales: Mapping[str, float], held: _Held, make: _Make
+    ) -> None:
         for name in new:
             self.drop(name)
         factors = make(list(new), self.stacks[1].shape[2]) if self._slots else None
