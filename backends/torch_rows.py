@@ -113,9 +113,10 @@ class Rows:
         as_they_come, sorted_runs, order = self._ways(slots)
         down, up = stacks
         (count, tokens, fan_in), out, rank = given.shape, y.shape[-1], down.shape[1]
+        staying = _A_CALL * sum(run.times for run in as_they_come)
         moving_rows = _A_CALL * len(sorted_runs) + len(order) * tokens * (fan_in + 2 * out)
         moving_factors = _A_CALL + count * rank * (fan_in + out)
-        if _A_CALL * len(as_they_come) <= min(moving_rows, moving_factors):
+        if staying <= min(moving_rows, moving_factors):
             _add_runs(taken, given, stacks, as_they_come)
         elif moving_rows <= moving_factors:
             index = self._index(f"order {order}", order, x.device)
@@ -219,12 +220,13 @@ def _add_runs(y: torch.Tensor, x: torch.Tensor, stacks: Factors, runs: Iterable[
     for run in runs:
         given, taken = x[run.start : run.stop], y[run.start : run.stop]
         downs, ups = down[run.slots], up.mT[run.slots]
-        if run.slot_count == 1 and x.shape[1] >= down.shape[1]:
+        slots = run.slot_count
+        if slots == 1 and x.shape[1] >= down.shape[1]:
             # Row by row it goes faster, unless rows are shorter than the rank.
-            _add_products(taken, given, downs.expand(run.width, -1, -1), ups.expand(run.width, -1, -1))
-        else:
-            by_slot = given.reshape(run.slot_count, -1, x.shape[-1])
-            _add_products(taken.view(run.slot_count, -1, y.shape[-1]), by_slot, downs, ups)
+            slots, downs, ups = run.width, downs.expand(run.width, -1, -1), ups.expand(run.width, -1, -1)
+        by_slot = taken.view(run.times, slots, -1, y.shape[-1]), given.reshape(run.times, slots, -1, x.shape[-1])
+        for some, its in zip(*map(torch.unbind, by_slot), strict=True):
+            _add_products(some, its, downs, ups)
 
 
 def _add_products(y: torch.Tensor, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> None:

@@ -26,18 +26,21 @@ _CACHED = 1 << 17
 
 
 class Run(NamedTuple):
-    """Samples that stand together: so many for each of some slots, which follow each other by one step."""
+    """Samples that stand together: some slots that follow each other by one step, with so many samples for each; and
+    all that so many times.
+    """
 
     start: int
     stop: int
     slot: int
     step: int = 1
     width: int = 1
+    times: int = 1
 
     @property
     def slot_count(self) -> int:
         """How many slots there are."""
-        return (self.stop - self.start) // self.width
+        return (self.stop - self.start) // (self.width * self.times)
 
     @property
     def slots(self) -> slice:
@@ -57,10 +60,26 @@ def runs_of(slots: Sequence[int | None]) -> tuple[Run, ...]:
     """The slots of samples as runs, without those that have none.
 
     Example:
-        >>> runs_of([0, 1, 2, 0, 0, 3, 3, None, 2])
-        (Run(start=0, stop=3, slot=0, step=1, width=1), Run(start=3, stop=7, slot=0, step=3, width=2), \
-Run(start=8, stop=9, slot=2, step=1, width=1))
+        >>> runs_of([0, 0, 3, 3, None, 1, 2, 1, 2])
+        (Run(start=0, stop=4, slot=0, step=3, width=2, times=1), Run(start=5, stop=9, slot=1, step=1, width=1, times=2))
     """
+    found: list[Run] = []
+    for run in _once_each(slots):
+        last = found[-1] if found else None
+        if last is not None and last.stop == run.start and _of_once(last) == _of_once(run):
+            found[-1] = last._replace(stop=run.stop, times=last.times + 1)
+        else:
+            found.append(run)
+    return tuple(found)
+
+
+def _of_once(run: Run) -> tuple[int, ...]:
+    """What runs have alike that are one several times."""
+    return run.slot, run.step, run.width, run.slot_count
+
+
+def _once_each(slots: Sequence[int | None]) -> list[Run]:
+    """The slots as runs that come once."""
     found: list[Run] = []
     place = 0
     for slot, group in itertools.groupby(slots):
@@ -75,7 +94,7 @@ Run(start=8, stop=9, slot=2, step=1, width=1))
             found[-1] = last._replace(stop=place)
         else:
             found.append(Run(start, place, slot, width=width))
-    return tuple(found)
+    return found
 
 
 class StackedWeight(OverArray, MixedWeight):
@@ -122,12 +141,14 @@ class StackedWeight(OverArray, MixedWeight):
         by_sample = y.reshape(samples.shape[0], -1, y.shape[-1])
         down, up, _ = self._stacks
         for run in self._runs:
-            given = samples[run.start : run.stop].reshape(run.slot_count, -1, x.shape[-1])
-            out = by_sample[run.start : run.stop].reshape(run.slot_count, -1, y.shape[-1])
-            if run.slot_count == 1:
-                add_matmul_into(out[0], given[0] @ down[run.slot].mT, up[run.slot])
-            else:
-                _add_products(out, np.matmul(given, down[run.slots].mT), up[run.slots])
+            sizes = run.times, run.slot_count, -1
+            given = samples[run.start : run.stop].reshape(*sizes, x.shape[-1])
+            out = by_sample[run.start : run.stop].reshape(*sizes, y.shape[-1])
+            for some, its in zip(out, given, strict=True):
+                if run.slot_count == 1:
+                    add_matmul_into(some[0], its[0] @ down[run.slot].mT, up[run.slot])
+                else:
+                    _add_products(some, np.matmul(its, down[run.slots].mT), up[run.slots])
         return y
 
     def flatten(self) -> tuple[tuple[Array, ...], Any]:

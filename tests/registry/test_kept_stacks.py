@@ -89,18 +89,18 @@ def test_batches_one_after_another_are_as_without(model_of_all: PeftModel, batch
 def test_runs_are_the_slots_of_the_samples(slots: list[int | None]):
     found: list[int | None] = [None] * len(slots)
     for each in runs_of(slots):
-        assert each.slot_count * each.width == each.stop - each.start > 0
+        assert each.slot_count * each.width * each.times == each.stop - each.start > 0
         of_run = range(6)[each.slots]
         assert len(of_run) == each.slot_count
         for place in range(each.start, each.stop):
             assert found[place] is None
-            found[place] = of_run[(place - each.start) // each.width]
+            found[place] = of_run[(place - each.start) // each.width % each.slot_count]
     assert found == slots
 
 
 def test_a_batch_in_the_order_of_its_slots_is_one_run():
     assert runs_of(range(64)) == (Run(0, 64, 0, 1),)
-    assert len(runs_of([row % 8 for row in range(64)])) == 8
+    assert runs_of([row % 8 for row in range(64)]) == (Run(0, 64, 0, times=8),)
     assert runs_of([3] * 64) == (Run(0, 64, 3, width=64),)
     assert runs_of([row // 8 for row in range(64)]) == (Run(0, 64, 0, width=8),)
 
