@@ -45,7 +45,7 @@ class Budgeted(ActingModule):
         """
         name, held = self._only()
         config, small = pruned_adapters(held.config, held.adapters(name), keep)
-        self.hotswap(name, SavedAdapters(config, small, held.whole(name), held.extra))
+        self.hotswap(name, replace(held.value(name), config=config, adapters=small))
         return self
 
     def _only(self) -> tuple[str, Held]:

@@ -16,6 +16,7 @@ from peftarray.backends.torch_tree import at, chain, own_module, own_modules, pu
 from torch import nn
 
 from peftarray.adapter import Adapter
+from peftarray.formats.peft_writer import SavedAdapters
 from peftarray.method import AdapterConfig
 from peftarray.model.sites import TOKENS
 
@@ -110,6 +111,10 @@ class Held:
         for path, module in self.saved.items():
             found |= {f"{path}.{key}": p for key, p in module.modules_to_save[name].named_parameters()}
         return found
+
+    def value(self, name: str) -> SavedAdapters:
+        """The adapter as a value, for one who keeps and changes nothing."""
+        return SavedAdapters(self.config, self.adapters(name), self.whole(name), self.extra)
 
     def draft(self, name: str) -> Draft:
         """The adapter by itself, as it could be put on the module again; its arrays are the same."""

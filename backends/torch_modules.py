@@ -134,8 +134,8 @@ class PeftModule(WholeModel, Budgeted):
     def get_adapter(self, adapter_name: str) -> SavedAdapters:
         """An adapter as a value: its configuration, module's name -> its adapter, and what is trained whole."""
         held = self._known(adapter_name)
-        adapters = {module: layer.adapter(adapter_name) for module, layer in held.layers.items()}
-        return SavedAdapters(held.config, adapters, held.whole(adapter_name), held.extra)
+        lent = {module: layer.adapter(adapter_name) for module, layer in held.layers.items()}
+        return replace(held.value(adapter_name), adapters=lent)
 
     # Coming and going.
 
@@ -198,8 +198,7 @@ class PeftModule(WholeModel, Budgeted):
             seed=seed,
         )
         scaled = scaled_weights(weights, [self._now.scales.get(name, 1.0) for name in adapters])
-        chosen = [(name, self._known(name)) for name in adapters]
-        found = [SavedAdapters(held.config, held.adapters(name), held.whole(name), held.extra) for name, held in chosen]
+        found = [self._known(name).value(name) for name in adapters]
 
         def make(root: nn.Module) -> Draft:
             own = dict(own_modules(root))
